@@ -1,0 +1,22 @@
+"""What learns: TokenPPO, its policy, decoder and buffer. Knows spaces, not environments.
+
+Importing this package also makes the name "CausalLMPolicy" known to stock SB3 PPO and A2C.
+"""
+
+from stable_baselines3 import A2C, PPO
+
+from agents.buffer import TokenRolloutBuffer
+from agents.callbacks import SampleTextCallback, SavePretrainedCallback
+from agents.policy import CausalLMPolicy
+from agents.token_ppo import TokenPPO
+
+for _algorithm in (A2C, PPO):
+    _algorithm.policy_aliases["CausalLMPolicy"] = CausalLMPolicy
+
+__all__ = [
+    "CausalLMPolicy",
+    "SampleTextCallback",
+    "SavePretrainedCallback",
+    "TokenPPO",
+    "TokenRolloutBuffer",
+]

@@ -1,0 +1,242 @@
+"""TokenRolloutBuffer: a rollout's tokens, each stored once, given out as whole sequences."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+
+from agents.masks import ActionMasks
+from agents.sequences import PAD, TokenBatch, pad_right, token_minibatches
+
+
+class TokenRolloutSamples(NamedTuple):
+    """A minibatch in the form that SB3's `PPO.train` reads: N packed completion tokens."""
+
+    observations: TokenBatch
+    actions: th.Tensor
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+
+
+class Segment(NamedTuple):
+    """A run of steps [start, end) of one row that belong to one episode.
+
+    Attributes:
+        row: The row of the environment.
+        start: First step.
+        end: One past the last step.
+        context: (C,) int32, the ids seen at the first step: the prompt, and what an earlier
+            rollout added to it.
+    """
+
+    row: int
+    start: int
+    end: int
+    context: np.ndarray
+
+    @property
+    def n_tokens(self) -> int:
+        """The number of tokens trained on."""
+        return self.end - self.start
+
+
+class TokenRolloutBuffer(RolloutBuffer):
+    """An SB3 rollout buffer for token environments.
+
+    SB3 keeps one observation per step; here a step keeps its token, and an observation is kept
+    only where a segment begins, since each further one is the last plus a token. `get` yields
+    whole sequences, so that one forward pass serves all their tokens, with everything per token
+    packed to (N,): padding never reaches a loss.
+
+    `before_advantages` is called when the rollout is full, before advantages are computed: the
+    place to change `rewards`.
+    """
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: th.device | str = "auto",
+        gae_lambda: float = 1,
+        gamma: float = 0.99,
+        n_envs: int = 1,
+        whiten_advantages: bool = False,
+    ) -> None:
+        """Take SB3's arguments, and whether advantages are whitened over the whole rollout."""
+        self.whiten_advantages = whiten_advantages
+        self.before_advantages: Callable[[], None] = lambda: None
+        self.action_masks: ActionMasks | None = None
+        super().__init__(
+            buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs
+        )
+
+    def reset(self) -> None:
+        """Empty the buffer."""
+        shape = (self.buffer_size, self.n_envs)
+        self.actions = np.zeros(shape, dtype=np.int32)
+        self.mask_ids = np.zeros(shape, dtype=np.int32)
+        self.lengths = np.zeros(shape, dtype=np.int32)  # tokens in the observation; 0: held row
+        for name in ("rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
+            setattr(self, name, np.zeros(shape, dtype=np.float32))
+        self._contexts: dict[tuple[int, int], np.ndarray] = {}
+        self.segments: list[Segment] = []
+        self._first_minibatch = True
+        self.pos = 0
+        self.full = False
+
+    def add(
+        self,
+        obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        episode_start: np.ndarray,
+        value: th.Tensor,
+        log_prob: th.Tensor,
+    ) -> None:
+        """Store one step of all rows.
+
+        Args:
+            obs: (n_envs, L) ids, right-padded with -1. A row of nothing but -1 is held: its
+                episode is over and the environment waits; it is not trained on.
+            action: (n_envs, 1) or (n_envs,) tokens.
+            reward: (n_envs,).
+            episode_start: (n_envs,), 1 where `obs` is an episode's first.
+            value: (n_envs, 1).
+            log_prob: (n_envs,) nats.
+
+        Raises:
+            ValueError: If a row's observation is not its last one plus the token chosen.
+        """
+        step, obs = self.pos, np.asarray(obs)
+        length = (obs != PAD).sum(axis=1)
+        begins = np.asarray(episode_start, dtype=bool) | (step == 0)
+        if step > 0:
+            self._check_continuity(obs, length, begins)
+        for row in np.flatnonzero(begins & (length > 0)).tolist():
+            self._contexts[row, step] = obs[row, : length[row]].astype(np.int32)
+        self.actions[step] = np.asarray(action).reshape(-1)
+        self.rewards[step] = reward
+        self.episode_starts[step] = episode_start
+        self.values[step] = value.detach().cpu().numpy().reshape(-1)
+        self.log_probs[step] = log_prob.detach().cpu().numpy().reshape(-1)
+        self.lengths[step] = length
+        if self.action_masks is not None:
+            self.mask_ids[step] = self.action_masks.mask_id
+        self.pos += 1
+        if self.pos == self.buffer_size:
+            self.full = True
+            self.segments = self._cut()
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+        """Compute returns and advantages by SB3's recursion, after `before_advantages`.
+
+        Whitening takes mean and (unbiased) standard deviation over all tokens of the rollout.
+        """
+        self.before_advantages()
+        super().compute_returns_and_advantage(last_values, dones)
+        trained = self.lengths > 0
+        if self.whiten_advantages and trained.sum() > 1:
+            values = self.advantages[trained]
+            self.advantages[trained] = (values - values.mean()) / (values.std(ddof=1) + 1e-8)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the rollout that are trained on."""
+        return int((self.lengths > 0).sum())
+
+    def get(self, batch_size: int | None = None) -> Iterator[TokenRolloutSamples]:  # type: ignore[override]
+        """Yield the rollout once, in random minibatches of about `batch_size` tokens.
+
+        The first minibatch after a rollout carries the old log-probabilities in its `TokenBatch`
+        too, for the policy to check.
+        """
+        assert self.full, "the rollout is not complete"
+        order = np.random.permutation(len(self.segments))
+        for batch, index in self.batches(order, batch_size or self.n_tokens):
+            at = tuple(index)
+            packed = [
+                self.to_torch(array[at])
+                for array in (self.values, self.log_probs, self.advantages, self.returns)
+            ]
+            if self._first_minibatch:
+                batch = batch._replace(old_log_prob=packed[1])
+                self._first_minibatch = False
+            actions = self.to_torch(self.actions[at]).long()
+            yield TokenRolloutSamples(batch, actions, *packed)
+
+    def batches(
+        self, order: np.ndarray, batch_size: int
+    ) -> Iterator[tuple[TokenBatch, np.ndarray]]:
+        """Yield the segments in the given order, as sequences of about `batch_size` tokens.
+
+        Returns:
+            Batches, each with the places of its packed tokens in the buffer's arrays: (2, N)
+            int, steps and rows.
+        """
+        n_tokens = np.array([segment.n_tokens for segment in self.segments])
+        masks = None if self.action_masks is None else self.action_masks.table()
+        for part in token_minibatches(order, n_tokens, batch_size):
+            yield self._batch([self.segments[i] for i in part], masks)
+
+    def by_length(self) -> np.ndarray:
+        """Return the order of the segments from the shortest sequence to the longest."""
+        return np.argsort([len(s.context) + s.n_tokens for s in self.segments], kind="stable")
+
+    def _batch(
+        self, segments: list[Segment], masks: th.Tensor | None
+    ) -> tuple[TokenBatch, np.ndarray]:
+        ids = [
+            np.concatenate((s.context, self.actions[s.start : s.end - 1, s.row])) for s in segments
+        ]
+        n_tokens = [s.n_tokens for s in segments]
+        row = np.repeat(np.arange(len(segments)), n_tokens)
+        position = np.concatenate([len(s.context) - 1 + np.arange(s.n_tokens) for s in segments])
+        index = np.stack(
+            (
+                np.concatenate([np.arange(s.start, s.end) for s in segments]),
+                np.repeat([s.row for s in segments], n_tokens),
+            )
+        )
+        batch = TokenBatch(
+            ids=self.to_torch(pad_right(ids)),
+            row=self.to_torch(row),
+            position=self.to_torch(position),
+            mask_id=None if masks is None else self.to_torch(self.mask_ids[tuple(index)]).long(),
+            masks=masks,
+        )
+        return batch, index
+
+    def _cut(self) -> list[Segment]:
+        """Cut the rows' steps into segments, in the order of rows, then steps."""
+        segments = []
+        for row in range(self.n_envs):
+            stops = [step for step in range(self.buffer_size) if self._ends_segment(row, step)]
+            starts = sorted(step for r, step in self._contexts if r == row)
+            for start in starts:
+                end = next(stop for stop in stops if stop >= start) + 1
+                segments.append(Segment(row, start, end, self._contexts[row, start]))
+        return segments
+
+    def _ends_segment(self, row: int, step: int) -> bool:
+        """Say whether a row's episode, or the rollout, ends with this step."""
+        last = step == self.buffer_size - 1
+        return last or bool(self.episode_starts[step + 1, row])
+
+    def _check_continuity(self, obs: np.ndarray, length: np.ndarray, begins: np.ndarray) -> None:
+        """Require that rows in mid-episode show their last observation plus the token chosen."""
+        rows = np.flatnonzero(~begins & (length > 0))
+        grown = length[rows] == self.lengths[self.pos - 1, rows] + 1
+        token = obs[rows, length[rows] - 1] == self.actions[self.pos - 1, rows]
+        if not (grown & token).all():
+            row = rows[np.flatnonzero(~(grown & token))[0]]
+            raise ValueError(
+                f"expected row {row}'s observation to be its last one plus the token "
+                f"{self.actions[self.pos - 1, row]}, got another: this buffer is for environments "
+                "that append each action to the observation, such as TextEnvironment-v0"
+            )

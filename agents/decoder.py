@@ -1,0 +1,203 @@
+"""Cached decoding for a changing batch of observations: one new token per row and step.
+
+The decoder sees observations, as a policy does, and finds out by itself which rows go on and
+which begin anew. It holds hidden states and caches only: the heads on top are the policy's.
+Weights that change under it must be announced with `forget`.
+"""
+
+import torch as th
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from agents.sequences import PAD, lengths
+
+
+class SlotLayer(DynamicLayer):
+    """One attention layer's keys and values in preallocated slots, (n_rows, heads, width, dim).
+
+    All rows share one window of columns [start, end); a new token is written at `end` for every
+    row. What a row does not use of the window is masked by the caller.
+    """
+
+    def __init__(self, window: "Window") -> None:
+        super().__init__()
+        self.window = window
+
+    def allocate(self, keys: th.Tensor, values: th.Tensor, n_rows: int) -> None:
+        """Make room for `n_rows` like the given (k, heads, p, dim) keys and values."""
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys = keys.new_zeros(n_rows, keys.shape[1], self.window.width, keys.shape[3])
+        self.values = values.new_zeros(n_rows, values.shape[1], self.window.width, values.shape[3])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: th.Tensor, value_states: th.Tensor, *args: object, **kwargs: object
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """Write the new token's (n_rows, heads, 1, dim) states; return the window with them."""
+        if not self.is_initialized:
+            self.allocate(key_states, value_states, key_states.shape[0])
+        start, end = self.window.start, self.window.end
+        self.keys[:, :, end : end + 1] = key_states
+        self.values[:, :, end : end + 1] = value_states
+        return self.keys[:, :, start : end + 1], self.values[:, :, start : end + 1]
+
+    def get_seq_length(self) -> int:
+        """Count the columns of the window before the new token."""
+        return self.window.end - self.window.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys the new token meets, and their offset."""
+        return self.get_seq_length() + query_length, 0
+
+    def move(self, end: int) -> None:
+        """Shift the window's contents so that it ends before column `end`."""
+        if self.is_initialized:
+            old, length = self.window, self.window.end - self.window.start
+            for states in (self.keys, self.values):
+                states[:, :, end - length : end] = states[:, :, old.start : old.end].clone()
+
+
+class Window:
+    """The columns [start, end) that are in use, out of `width`."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.start, self.end = width, 0, 0
+
+
+class CachedDecoder:
+    """The last hidden state of every row of an observation batch, at the cost of one token each.
+
+    A row whose observation is the one seen last plus one token is continued; a batch seen
+    before is answered from memory; any other row is prefilled into the columns that its finished
+    episode leaves behind. Rows never wait for one another, and no row's result depends on
+    another's.
+    """
+
+    def __init__(self, body: PreTrainedModel) -> None:
+        """Decode with `body`, a causal transformer without its LM head.
+
+        Raises:
+            ValueError: If the model's layers keep anything else than keys and values.
+        """
+        layers = DynamicCache(config=body.config.get_text_config()).layers
+        odd = sorted({type(layer).__name__ for layer in layers if not is_attention(layer)})
+        if odd:
+            raise ValueError(
+                f"expected a causal LM with attention layers only, got {odd} in "
+                f"{type(body).__name__}: such a state cannot be cut at a token; use another model"
+            )
+        self.body = body
+        self._n_layers = len(layers)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything: the weights have changed, or memory is needed elsewhere."""
+        self._ids: th.Tensor | None = None
+        self._hidden: th.Tensor | None = None
+        self._cache: Cache | None = None
+
+    def fits(self, ids: th.Tensor) -> bool:
+        """Say whether the batch has the shape of the one that is held (or none is held)."""
+        return self._ids is None or self._ids.shape == ids.shape
+
+    @th.no_grad()
+    def hidden(self, ids: th.Tensor) -> th.Tensor:
+        """Return each row's last hidden state.
+
+        Args:
+            ids: (n_rows, L) int64 observations, right-padded with -1, no row empty.
+
+        Returns:
+            (n_rows, H), the hidden state at each row's last token.
+        """
+        if self._ids is not None and self._ids.shape == ids.shape:
+            if self._hidden is not None and bool((self._ids == ids).all()):
+                return self._hidden
+        else:
+            self._begin(ids)
+        length = lengths(ids)
+        fresh = ~self._continues(ids, length)
+        if bool(fresh.any()):
+            self._prefill(ids, length, fresh.nonzero()[:, 0])
+        self._make_room(self._window.end + 1)
+        self._hidden = self._decode(ids.gather(1, length[:, None] - 1), length)
+        self._ids, self._length = ids.clone(), length
+        return self._hidden
+
+    def _begin(self, ids: th.Tensor) -> None:
+        """Start over with empty slots for a batch of this shape."""
+        n_rows, longest = ids.shape
+        self._window = Window(longest + max(16, longest // 8))
+        self._layers = [SlotLayer(self._window) for _ in range(self._n_layers)]
+        self._cache = Cache(layers=self._layers)
+        self._ids = th.full_like(ids, PAD)
+        self._hidden = None
+        self._length = ids.new_zeros(n_rows)
+        self._first = ids.new_zeros(n_rows)  # the first column that each row uses
+
+    def _continues(self, ids: th.Tensor, length: th.Tensor) -> th.Tensor:
+        """Say per row whether it is the observation seen last plus one token: (n_rows,) bool."""
+        assert self._ids is not None
+        same = (self._ids == ids) | (self._ids == PAD)
+        return (length == self._length + 1) & (self._length > 0) & same.all(dim=1)
+
+    def _prefill(self, ids: th.Tensor, length: th.Tensor, rows: th.Tensor) -> None:
+        """Bring all but the last token of `rows` into the columns that end where the window does.
+
+        The sub-batch is right-padded, as causal attention needs no mask then, and each row's keys
+        are shifted to the right afterwards.
+        """
+        known = length[rows] - 1
+        longest = int(known.max())
+        if len(rows) == len(ids):
+            self._window.start = self._window.end = longest
+        elif longest > self._window.end:
+            self._move(longest)
+        end = self._window.end
+        self._first[rows] = end - known
+        if longest > 0:
+            prompt = ids[rows, :longest].clamp(min=0)
+            cache = Cache(layers=[DynamicLayer() for _ in range(self._n_layers)])
+            self.body(input_ids=prompt, past_key_values=cache, use_cache=True)
+            column = th.arange(longest, device=ids.device) - (longest - known)[:, None]
+            column = column.clamp(min=0)[:, None, :, None]  # (k, 1, longest, 1)
+            for slot, source in zip(self._layers, cache.layers, strict=True):
+                if not slot.is_initialized:
+                    slot.allocate(source.keys, source.values, len(ids))
+                for states, new in ((slot.keys, source.keys), (slot.values, source.values)):
+                    states[rows, :, end - longest : end] = new.gather(2, column.expand_as(new))
+        self._window.start = int(self._first.min())
+
+    def _decode(self, token: th.Tensor, length: th.Tensor) -> th.Tensor:
+        """Run one token (n_rows, 1) per row over the window; return (n_rows, H)."""
+        window = self._window
+        column = th.arange(window.start, window.end + 1, device=token.device)
+        output = self.body(
+            input_ids=token,
+            attention_mask=(column >= self._first[:, None]).long(),
+            position_ids=length[:, None] - 1,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        window.end += 1
+        return output.last_hidden_state[:, -1]
+
+    def _make_room(self, end: int) -> None:
+        """Drop columns that no row uses any more; move the window left if it is at the end."""
+        self._window.start = int(self._first.min())
+        if end > self._window.width:
+            self._move(self._window.end - self._window.start)
+
+    def _move(self, end: int) -> None:
+        """Shift the window so that it ends before column `end`."""
+        for layer in self._layers:
+            layer.move(end)
+        shift = end - self._window.end
+        self._window.start += shift
+        self._window.end += shift
+        self._first += shift
+
+
+def is_attention(layer: object) -> bool:
+    """Say whether a cache layer holds keys and values alone (a sliding window counts)."""
+    return type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer")

@@ -1,0 +1,297 @@
+"""CausalLMPolicy: a causal language model with a value head, as a Stable-Baselines3 policy.
+
+It knows observations (token ids) and tokens, and nothing of prompts, scores or references.
+Stock SB3 A2C and PPO run with it as TokenPPO does.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import CategoricalDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import nn
+
+from agents.decoder import CachedDecoder
+from agents.heads import log_prob_of, mask_logits, sample
+from agents.language_model import LM, TokenModel, check_fit, freeze_below, load_lm
+from agents.masks import ActionMasks
+from agents.sequences import PAD, TokenBatch, one_state_per_row
+
+
+class CausalLMPolicy(TokenModel, ActorCriticPolicy):
+    """An actor-critic over tokens: π(token | ids so far) and V(ids so far).
+
+    Observations are ids (n, L), right-padded with -1 (a float Box holds the same ids). Dropout is
+    always off. The temperature divides the logits wherever the policy is used, so that what is
+    trained is what is sampled. Log-probabilities are float32 whatever the model's dtype.
+
+    Single tokens are decoded with a key/value cache that finds out by itself which rows go on
+    (`agents.decoder`); `evaluate_actions` runs whole sequences.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        *,
+        lm: LM,
+        temperature: float = 1.0,
+        trainable_layers: int | None = None,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        use_sde: bool = False,
+    ) -> None:
+        """Build the policy around a language model.
+
+        Args:
+            observation_space: A one-dimensional Box of token ids, -1 for padding.
+            action_space: Discrete(V): one action per token of the tokenizer.
+            lr_schedule: Learning rate as a function of the remaining progress (1 to 0).
+            lm: The causal LM. A live model is trained in place.
+            temperature: Divides the logits, in sampling and in evaluation alike.
+            trainable_layers: How many of the last transformer layers learn, with the final norm
+                and the value head; the rest, embeddings included, stays as it is. None: all of
+                the model learns.
+            optimizer_class: As in SB3.
+            optimizer_kwargs: Its arguments. AdamW's default is no weight decay, eps 1e-5, fused.
+            use_sde: For SB3's call; only False makes sense for tokens.
+
+        Raises:
+            ValueError: If the spaces do not fit the model, or an argument is out of range.
+        """
+        if use_sde:
+            raise ValueError("expected use_sde=False: tokens have no state-dependent noise")
+        if temperature <= 0:
+            raise ValueError(f"expected temperature > 0, got {temperature} (see `deterministic`)")
+        if optimizer_kwargs is None and optimizer_class is th.optim.AdamW:
+            optimizer_kwargs = {"eps": 1e-5, "weight_decay": 0.0, "fused": True}
+        super(ActorCriticPolicy, self).__init__(
+            observation_space,
+            action_space,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+        self.vocab_size = vocab_size_of(observation_space, action_space)
+        self.temperature = temperature
+        self.trainable_layers = trainable_layers
+        self.lm = load_lm(lm)
+        check_fit(self.lm, self.vocab_size)
+        freeze_below(self.lm, trainable_layers)
+        self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        allowed = th.ones(self.vocab_size, dtype=th.bool)
+        self.register_buffer("allowed_tokens", allowed, persistent=False)
+        self.action_masks: ActionMasks | None = None
+        self.entropy_gradient = True
+        self.ratio_tolerance = 1e-4
+        self.decoder = CachedDecoder(self.body)
+        self._weights_seen = -1
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = optimizer_class(  # type: ignore[call-arg]
+            trainable, lr=lr_schedule(1), **self.optimizer_kwargs
+        )
+        self.optimizer.register_step_pre_hook(require_finite_gradients)
+        self.optimizer.register_step_post_hook(lambda *_: self.decoder.forget())
+
+    def train(self, mode: bool = True) -> "CausalLMPolicy":
+        """Set SB3's training flag; the language model stays in eval mode, without dropout."""
+        super().train(mode)
+        self.lm.eval()
+        return self
+
+    # ------------------------------------------------------------- one token at a time
+
+    def forward(
+        self, obs: th.Tensor, deterministic: bool = False
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Choose the next token of each row.
+
+        Args:
+            obs: (n, L) ids, right-padded with -1. A row of nothing but -1 is held (its episode
+                is over): it gets any token, with value and log-probability 0.
+            deterministic: Take the likeliest token instead of sampling.
+
+        Returns:
+            Tokens (n,) int64, values (n, 1) and log-probabilities (n,) in nats.
+        """
+        hidden = self._last_hidden(obs)
+        logits = self.logits(hidden)
+        if self.action_masks is not None:
+            logits = mask_logits(logits, self.action_masks.ask())
+        tokens = logits.argmax(dim=1) if deterministic else sample(logits)
+        acting = obs[:, 0] != PAD
+        values, log_prob = self._values(hidden), log_prob_of(logits, tokens)
+        return tokens, values * acting[:, None], log_prob * acting
+
+    def _predict(
+        self,
+        observation: th.Tensor,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> th.Tensor:
+        """Choose the next token (n,) of each row, without a value."""
+        logits = self.logits(self._last_hidden(observation))
+        if action_masks is not None:
+            allowed = th.as_tensor(action_masks, dtype=th.bool, device=logits.device)
+            logits = mask_logits(logits, allowed.reshape(-1, self.vocab_size))
+        return logits.argmax(dim=1) if deterministic else sample(logits)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Choose tokens for NumPy observations, as SB3's `predict` does.
+
+        Args:
+            observation: (L,) or (n, L) ids, right-padded with -1.
+            state: Passed through; the decoder's cache is not an argument.
+            episode_start: Not needed: the observations tell.
+            deterministic: Take the likeliest token instead of sampling.
+            action_masks: (V,) or (n, V) bool, tokens allowed now; the tokens that are never
+                allowed are known without it.
+
+        Returns:
+            Tokens, () or (n,) int64, and `state`.
+        """
+        if action_masks is None:
+            return super().predict(observation, state, episode_start, deterministic)
+        self.set_training_mode(False)
+        obs, vectorized = self.obs_to_tensor(observation)
+        with th.no_grad():
+            tokens = self._predict(obs, deterministic, action_masks).cpu().numpy()
+        return (tokens if vectorized else tokens[0]), state
+
+    def predict_values(self, obs: th.Tensor) -> th.Tensor:
+        """Return V of each row: (n, L) ids to (n, 1)."""
+        return self._values(self._last_hidden(obs)) * (obs[:, :1] != PAD)
+
+    def get_distribution(self, obs: th.Tensor) -> CategoricalDistribution:
+        """Return SB3's distribution over the next token of each row."""
+        logits = self.logits(self._last_hidden(obs))
+        distribution = CategoricalDistribution(self.vocab_size)
+        return distribution.proba_distribution(action_logits=logits)
+
+    # ------------------------------------------------------------------ whole sequences
+
+    def evaluate_actions(
+        self, obs: th.Tensor | TokenBatch, actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Return what the update needs: values, log-probabilities and entropies.
+
+        Args:
+            obs: Whole sequences from `TokenRolloutBuffer`, or one observation (N, L) per token
+                from a stock SB3 buffer.
+            actions: (N,) tokens.
+
+        Returns:
+            Values (N, 1), log-probabilities (N,) and entropies (N,) in nats.
+
+        Raises:
+            FloatingPointError: If a value or log-probability is not finite, or if the first
+                minibatch after a rollout does not give the log-probabilities that were sampled.
+        """
+        batch = obs if isinstance(obs, TokenBatch) else one_state_per_row(obs)
+        hidden = self.hidden_at(batch)
+        found = self.token_statistics(batch, hidden, actions.long())
+        values = self._values(hidden)
+        if not bool(th.isfinite(found.log_prob).all() & th.isfinite(values).all()):
+            raise FloatingPointError(
+                "log-probabilities or values are not finite; no parameter was changed by this "
+                "minibatch: lower the learning rate, or check the reward's scale"
+            )
+        if batch.old_log_prob is not None:
+            self._check_ratio(found.log_prob.detach(), batch.old_log_prob)
+        return values, found.log_prob, found.entropy
+
+    # --------------------------------------------------------------------------- inside
+
+    def _last_hidden(self, obs: th.Tensor) -> th.Tensor:
+        """Return the state at the last token of each row, (n, H), by the cache if it fits."""
+        ids = obs.long()
+        held = ids[:, 0] == PAD
+        if bool(held.any()):
+            ids = ids.clone()
+            ids[held, 0] = 0  # any token: what comes of it is not used
+        if th.is_grad_enabled() or not self.decoder.fits(ids):
+            return self.hidden_at(one_state_per_row(ids))
+        # Optimizers announce a step; anything else that writes into a parameter shows here.
+        weights = sum(p._version for p in self.body.parameters())
+        if weights != self._weights_seen:
+            self.decoder.forget()
+            self._weights_seen = weights
+        return self.decoder.hidden(ids)
+
+    def _values(self, hidden: th.Tensor) -> th.Tensor:
+        """Map states (N, H) to values (N, 1)."""
+        return self.value_head(hidden.float())
+
+    def _check_ratio(self, log_prob: th.Tensor, old_log_prob: th.Tensor) -> None:
+        """Require that no update has happened between sampling and the first minibatch."""
+        error = float((log_prob - old_log_prob).abs().max())
+        if error > self.ratio_tolerance:
+            raise FloatingPointError(
+                f"the first minibatch's log-probabilities differ from the sampled ones by "
+                f"{error:.2e} nats (tolerance {self.ratio_tolerance:.0e}): rollout and update do "
+                "not see the same policy; no parameter was changed"
+            )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        """Return what rebuilds this policy before its weights are loaded."""
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,
+            "lm": self.lm.config,
+            "temperature": self.temperature,
+            "trainable_layers": self.trainable_layers,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+        }
+
+
+def require_finite_gradients(optimizer: th.optim.Optimizer, *_: object) -> None:
+    """Stop before a step that would put NaN or infinity into the parameters.
+
+    Raises:
+        FloatingPointError: If a gradient is not finite.
+    """
+    gradients = [
+        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
+    norm = th.nn.utils.get_total_norm(gradients)
+    if not bool(th.isfinite(norm)):
+        raise FloatingPointError(
+            f"the gradient's norm is {float(norm)}; no parameter was changed by this minibatch: "
+            "check the rewards and advantages, or lower the learning rate"
+        )
+
+
+def vocab_size_of(observation_space: spaces.Space, action_space: spaces.Space) -> int:
+    """Return V, after checking that the spaces are those of token ids.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    fits = (
+        isinstance(observation_space, spaces.Box)
+        and isinstance(action_space, spaces.Discrete)
+        and len(observation_space.shape) == 1
+        and action_space.start == 0
+        and (observation_space.low == PAD).all()
+        and (observation_space.high == action_space.n - 1).all()
+    )
+    if not fits:
+        raise ValueError(
+            "expected observations in a one-dimensional Box of token ids, -1 to V - 1, and "
+            f"actions in Discrete(V), got {observation_space} and {action_space}"
+        )
+    return int(action_space.n)

@@ -1,0 +1,78 @@
+"""Token sequences as the agent trains on them: a batch type and the pure functions around it.
+
+Nothing here knows a model, an environment or an algorithm.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+
+PAD = -1
+"""What fills an observation to the right of its last token. No token has this id."""
+
+
+class TokenBatch(NamedTuple):
+    """Whole sequences, with the completion tokens that are trained on packed to one dimension.
+
+    The token at packed place ``k`` is the one that follows column ``position[k]`` of sequence
+    ``row[k]``: its state is everything up to and including that column.
+
+    Attributes:
+        ids: (B, L) int64, prompt and completion, right-padded with -1. A sequence's last token
+            is not an input: nothing that follows it is predicted.
+        row: (N,) int64, the sequence of each trained token.
+        position: (N,) int64, the column of each trained token's state.
+        mask_id: (N,) int64, which row of ``masks`` holds; or None, where all tokens are allowed.
+        masks: (M, V) bool, the distinct action masks of a rollout; or None.
+        old_log_prob: (N,) float32, log-probabilities (nats) under the policy that sampled the
+            tokens. Only the first minibatch after a rollout carries them: there they must be
+            met again.
+    """
+
+    ids: th.Tensor
+    row: th.Tensor
+    position: th.Tensor
+    mask_id: th.Tensor | None = None
+    masks: th.Tensor | None = None
+    old_log_prob: th.Tensor | None = None
+
+
+def lengths(ids: th.Tensor) -> th.Tensor:
+    """Count the tokens of each right-padded row: (B, L) ids to (B,) int64."""
+    return (ids != PAD).sum(dim=1)
+
+
+def pad_right(sequences: list[np.ndarray]) -> np.ndarray:
+    """Stack B id arrays of any lengths to (B, L) int64, right-padded with -1."""
+    width = max(len(sequence) for sequence in sequences)
+    padded = np.full((len(sequences), width), PAD, dtype=np.int64)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return padded
+
+
+def token_minibatches(order: np.ndarray, n_tokens: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Deal whole sequences, in the given order, into minibatches of about ``batch_size`` tokens.
+
+    Args:
+        order: (B,) int, a permutation of the sequences.
+        n_tokens: (B,) int, trained tokens of each sequence.
+        batch_size: Tokens per minibatch. There are as many minibatches as stock SB3 would make
+            of the same tokens, of nearly equal size; a sequence is never cut.
+
+    Returns:
+        Arrays of sequence indices, each sequence in exactly one of them.
+    """
+    filled = np.cumsum(n_tokens[order])
+    n_minibatches = max(1, int(np.ceil(filled[-1] / batch_size)))
+    edges = filled[-1] * np.arange(1, n_minibatches) / n_minibatches
+    parts = np.split(order, np.searchsorted(filled, edges, side="left") + 1)
+    return [part for part in parts if len(part)]
+
+
+def one_state_per_row(ids: th.Tensor) -> TokenBatch:
+    """Make a batch of observations (N, L) in which each row's next token is evaluated."""
+    length = lengths(ids)
+    row = th.arange(len(ids), device=ids.device)
+    return TokenBatch(ids.long()[:, : int(length.max())], row, length - 1)

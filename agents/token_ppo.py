@@ -1,0 +1,306 @@
+"""TokenPPO: Stable-Baselines3's PPO with a causal LM as policy and a KL penalty per token.
+
+The loop, the loss and the callbacks are SB3's. What is added is the reference model, the
+penalty on its divergence, and what a rollout of text can tell.
+"""
+
+import copy
+import warnings
+from typing import Any, ClassVar
+
+import numpy as np
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.vec_env import VecEnv
+
+from agents.buffer import TokenRolloutBuffer
+from agents.kl import KLController, kl_estimates
+from agents.language_model import LM, Reference
+from agents.masks import ActionMasks, has_action_masks
+from agents.policy import CausalLMPolicy
+
+EXACT_KL_TOKENS = 256
+"""States per rollout at which the KL is also summed over the whole vocabulary, for the log."""
+
+
+class TokenPPO(PPO):
+    """PPO over tokens (Schulman et al. 2017, eq. 7), with advantages by GAE (2016, eq. 16).
+
+    The reward of each token is r_t − β·(log π(a_t) − log π_ref(a_t)), where r_t is the
+    environment's (the score at an episode's last token, else 0) and π_ref a frozen copy of the
+    policy as it was at the start. Statistics that `Monitor` or our own `TextVecEnv` keep are of
+    the environment's reward, before the penalty.
+
+    Attributes:
+        finished_episodes: Episodes that ended in the current rollout, in order: the
+            environment's `info` and `ref_kl` (nats, summed over the completion; complete when
+            `on_rollout_end` is called).
+        kl: The controller of β.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"CausalLMPolicy": CausalLMPolicy}
+    policy: CausalLMPolicy
+    policy_kwargs: dict[str, Any]
+    rollout_buffer: TokenRolloutBuffer
+    _current_progress_remaining: float
+
+    def __init__(
+        self,
+        policy: str | type[CausalLMPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 1e-5,
+        n_steps: int = 64,
+        batch_size: int = 512,
+        n_epochs: int = 2,
+        gamma: float = 1.0,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.2,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        kl_coef: float = 0.05,
+        target_ref_kl: float | None = None,
+        kl_horizon: float = 10_000,
+        ref_lm: LM | None = None,
+        whole_episodes: bool = False,
+    ) -> None:
+        """Set up training; SB3's arguments mean what they mean in SB3, with these differences.
+
+        Args:
+            policy: "CausalLMPolicy" or a subclass.
+            env: A text environment: ids in, one token per action out.
+            learning_rate: As in SB3.
+            n_steps: Tokens per row and rollout. An episode cut by the rollout's end goes on in
+                the next one; its tail is bootstrapped by the value.
+            batch_size: Tokens per minibatch, dealt in whole sequences of nearly this many.
+            n_epochs: As in SB3.
+            gamma: Discount per token.
+            gae_lambda: As in SB3.
+            clip_range: As in SB3.
+            clip_range_vf: As in SB3.
+            normalize_advantage: Whiten over the whole rollout (SB3: over each minibatch).
+            ent_coef: As in SB3.
+            vf_coef: As in SB3.
+            max_grad_norm: As in SB3.
+            use_sde: Must be False.
+            sde_sample_freq: Unused.
+            rollout_buffer_class: `TokenRolloutBuffer` or a subclass.
+            rollout_buffer_kwargs: Further arguments of the buffer.
+            target_kl: SB3's early stop on `approx_kl` to the policy before the update.
+            stats_window_size: As in SB3, episodes.
+            tensorboard_log: As in SB3.
+            policy_kwargs: `CausalLMPolicy`'s arguments; `lm` is required.
+            verbose: As in SB3.
+            seed: As in SB3.
+            device: As in SB3.
+            _init_setup_model: As in SB3.
+            kl_coef: β, score units per nat; 0 trains without a reference model.
+            target_ref_kl: Adapt β so that the KL per completion comes to this (nats).
+            kl_horizon: Episodes over which an adaptive β moves.
+            ref_lm: The reference model; None: the policy's own at the start.
+            whole_episodes: Begin every rollout with fresh episodes. In an environment that holds
+                ended rows (`TextVecEnv(autoreset=False)`), a rollout is then one whole episode
+                per row, if `n_steps` is as long as the longest.
+
+        Raises:
+            ValueError: If an argument is out of range or the policy has no `lm`.
+        """
+        if not (policy_kwargs or {}).get("lm") and _init_setup_model:
+            raise ValueError(
+                "expected policy_kwargs={'lm': <folder, hub id or model>}, got no language model"
+            )
+        self.kl = KLController(kl_coef, target_ref_kl, kl_horizon)
+        self.ref_lm = ref_lm
+        self.reference: Reference | None = None
+        self.whole_episodes = whole_episodes
+        self.finished_episodes: list[dict[str, Any]] = []
+        with warnings.catch_warnings():
+            # Whole sequences fill minibatches as well as may be: no size divides them evenly.
+            warnings.filterwarnings("ignore", message="You have specified a mini-batch size")
+            super().__init__(
+                policy,
+                env,
+                learning_rate=learning_rate,
+                n_steps=n_steps,
+                batch_size=batch_size,
+                n_epochs=n_epochs,
+                gamma=gamma,
+                gae_lambda=gae_lambda,
+                clip_range=clip_range,
+                clip_range_vf=clip_range_vf,
+                normalize_advantage=False,  # the buffer whitens, over the whole rollout
+                ent_coef=ent_coef,
+                vf_coef=vf_coef,
+                max_grad_norm=max_grad_norm,
+                use_sde=use_sde,
+                sde_sample_freq=sde_sample_freq,
+                rollout_buffer_class=rollout_buffer_class or TokenRolloutBuffer,
+                rollout_buffer_kwargs={
+                    "whiten_advantages": normalize_advantage,
+                    **(rollout_buffer_kwargs or {}),
+                },
+                target_kl=target_kl,
+                stats_window_size=stats_window_size,
+                tensorboard_log=tensorboard_log,
+                policy_kwargs=policy_kwargs,
+                verbose=verbose,
+                seed=seed,
+                device=device,
+                _init_setup_model=_init_setup_model,
+            )
+
+    def _setup_model(self) -> None:
+        """Build buffer and policy as SB3 does, then the reference."""
+        super()._setup_model()
+        self.rollout_buffer.before_advantages = self._penalise
+        self.policy.entropy_gradient = self.ent_coef != 0
+        if self.env is not None and self.env.has_attr("allowed_tokens"):
+            allowed = th.from_numpy(np.array(self.env.get_attr("allowed_tokens")[0], dtype=bool))
+            self.policy.allowed_tokens.copy_(allowed)
+        if self.kl.coef > 0 or self.ref_lm is not None:
+            lm = copy.deepcopy(self.policy.lm) if self.ref_lm is None else self.ref_lm
+            self.reference = Reference(lm, self.policy).to(self.device)
+        if isinstance(self.policy_kwargs["lm"], th.nn.Module):
+            # A live model would be pickled into SB3's zip beside its own weights.
+            self.policy_kwargs = {**self.policy_kwargs, "lm": self.policy.lm.config}
+        self._open_kl = np.zeros(self.n_envs)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Choose tokens, as SB3's `predict`, or as sb3-contrib's with `action_masks`."""
+        return self.policy.predict(observation, state, episode_start, deterministic, action_masks)
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+    ) -> bool:
+        """Collect `n_rollout_steps` tokens per row by SB3's loop; its arguments and result."""
+        masks = ActionMasks(env, self.device) if has_action_masks(env) else None
+        self.policy.action_masks = self.rollout_buffer.action_masks = masks
+        self.finished_episodes = []
+        if self.whole_episodes:
+            self._last_obs = env.reset()  # type: ignore[assignment]
+            self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+            self._open_kl[:] = 0
+        going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        # Rows that were held generated nothing.
+        self.num_timesteps -= int((self.rollout_buffer.lengths[: rollout_buffer.pos] == 0).sum())
+        return going_on
+
+    def _update_info_buffer(
+        self, infos: list[dict[str, Any]], dones: np.ndarray | None = None
+    ) -> None:
+        """Keep SB3's statistics, and the episodes that ended at this step."""
+        super()._update_info_buffer(infos, dones)
+        for row in np.flatnonzero(dones if dones is not None else []):
+            place = {"step": self.rollout_buffer.pos, "row": int(row)}
+            self.finished_episodes.append({**infos[row], **place})
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        """Keep the remaining progress at 0 or above: SB3's schedules would go negative."""
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        self._current_progress_remaining = max(0.0, self._current_progress_remaining)
+
+    def _penalise(self) -> None:
+        """Subtract the KL penalty from the rollout's rewards, and log what the rollout shows."""
+        self._log_episodes()
+        if self.reference is None:
+            return
+        buffer = self.rollout_buffer
+        log_ratio = buffer.log_probs - self._ref_log_probs()
+        log_ratio[buffer.lengths == 0] = 0
+        buffer.rewards -= self.kl.coef * log_ratio
+        self._sum_per_episode(log_ratio)
+        per_token = {k: v.sum() / buffer.n_tokens for k, v in kl_estimates(log_ratio).items()}
+        for name, value in per_token.items():
+            self.logger.record(f"rollout/ref_kl_per_token_{name}", float(value))
+        self.logger.record("rollout/ref_kl_per_token_exact", self._exact_kl())
+        self.logger.record("train/kl_coef", self.kl.coef)
+        if self.finished_episodes:
+            ref_kl = float(np.mean([episode["ref_kl"] for episode in self.finished_episodes]))
+            self.logger.record("rollout/ref_kl", ref_kl)
+            self.kl.update(ref_kl, len(self.finished_episodes))
+
+    @th.no_grad()
+    def _ref_log_probs(self) -> np.ndarray:
+        """Return the reference's log-probabilities of the rollout's tokens: (T, n_envs) nats."""
+        assert self.reference is not None
+        buffer = self.rollout_buffer
+        log_probs = np.zeros_like(buffer.log_probs)
+        for batch, index in buffer.batches(buffer.by_length(), self.batch_size):
+            actions = buffer.to_torch(buffer.actions[tuple(index)]).long()
+            hidden = self.reference.hidden_at(batch)
+            found = self.reference.token_statistics(batch, hidden, actions)
+            log_probs[tuple(index)] = found.log_prob.cpu().numpy()
+        return log_probs
+
+    def _exact_kl(self) -> float:
+        """Return the mean KL per token (nats), summed over the vocabulary, on some sequences."""
+        assert self.reference is not None
+        order = np.arange(len(self.rollout_buffer.segments))
+        batch, _ = next(self.rollout_buffer.batches(order, EXACT_KL_TOKENS))
+        return float(self.policy.exact_kl(batch, self.reference).mean())
+
+    def _sum_per_episode(self, log_ratio: np.ndarray) -> None:
+        """Give each finished episode its `ref_kl`, with what earlier rollouts saw of it."""
+        total = np.vstack((np.zeros(self.n_envs), log_ratio.cumsum(axis=0, dtype=np.float64)))
+        since = np.zeros(self.n_envs, dtype=int)
+        for episode in self.finished_episodes:
+            row, end = episode["row"], episode["step"] + 1
+            episode["ref_kl"] = float(total[end, row] - total[since[row], row] + self._open_kl[row])
+            self._open_kl[row], since[row] = 0, end
+        self._open_kl += total[-1] - total[since, np.arange(self.n_envs)]
+
+    def _log_episodes(self) -> None:
+        """Log scores, lengths and ends of the rollout's finished episodes, where told."""
+        episodes = self.finished_episodes
+        self.logger.record("rollout/episodes", len(episodes))
+        for key, name in (("score", "score_mean"), ("n_tokens", "completion_tokens")):
+            values = [episode[key] for episode in episodes if key in episode]
+            if values:
+                self.logger.record(f"rollout/{name}", float(np.mean(values)))
+        reasons = [e["finish_reason"] for e in episodes if "finish_reason" in e]
+        for reason in ("eos", "stop", "length"):
+            if reasons:
+                share = reasons.count(reason) / len(reasons)
+                self.logger.record(f"rollout/finish_{reason}", share)
+
+    def _excluded_save_params(self) -> list[str]:
+        """Keep models and text out of SB3's pickled part."""
+        return [*super()._excluded_save_params(), "reference", "finished_episodes"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        """Save the reference's weights too, if nothing else could bring them back."""
+        names, tensors = super()._get_torch_save_params()
+        rebuilt = isinstance(self.ref_lm or self.policy_kwargs["lm"], str)
+        if self.reference is not None and not rebuilt:
+            names = [*names, "reference"]
+        return names, tensors

@@ -1,0 +1,56 @@
+"""How good a text is: reward functions, learned and written by hand, and the feedback they need.
+
+`LearnedRewardModel` is loaded when first asked for, so that importing this package costs neither
+torch nor transformers. What acts on the scores (environment, agent) is not known here.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from reward_models.assets import AssetError
+from reward_models.composed import WeightedSum
+from reward_models.contract import RewardFunction, checked_scores
+from reward_models.feedback.records import (
+    Comparison,
+    Feedback,
+    Label,
+    Rating,
+    read_feedback,
+    write_feedback,
+)
+from reward_models.terms import (
+    LengthReward,
+    LexiconSentiment,
+    RepetitionPenalty,
+    distinct_n,
+    repetition,
+)
+
+if TYPE_CHECKING:
+    from reward_models.learned import LearnedRewardModel
+
+__all__ = [
+    "AssetError",
+    "Comparison",
+    "Feedback",
+    "Label",
+    "LearnedRewardModel",
+    "LengthReward",
+    "LexiconSentiment",
+    "Rating",
+    "RepetitionPenalty",
+    "RewardFunction",
+    "WeightedSum",
+    "checked_scores",
+    "distinct_n",
+    "read_feedback",
+    "repetition",
+    "write_feedback",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LearnedRewardModel":
+        from reward_models.learned import LearnedRewardModel
+
+        return LearnedRewardModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

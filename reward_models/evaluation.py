@@ -1,0 +1,167 @@
+"""How well scores agree with people: correlation, pairwise accuracy, calibration.
+
+Pure functions of arrays and the reports that they fill; which texts are held out is decided by
+the caller.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """A tenth of the held-out cases, those with neighbouring predictions.
+
+    Args:
+        n: number of cases.
+        predicted: mean of what the model predicted for them.
+        observed: mean of what people said.
+    """
+
+    n: int
+    predicted: float
+    observed: float
+
+
+@dataclass(frozen=True)
+class RatingReport:
+    """Agreement with people's mean ratings, on the human scale.
+
+    Args:
+        n: number of different texts.
+        pearson: correlation of prediction and mean rating.
+        spearman: the same of their ranks.
+        pairwise_accuracy: share of the pairs of texts with different mean ratings that the model
+            orders as people do; 0.5 is chance.
+        pairs: number of such pairs.
+        rmse: root mean squared error.
+        calibration: predicted and mean rating in ten groups, lowest prediction first.
+    """
+
+    n: int
+    pearson: float
+    spearman: float
+    pairwise_accuracy: float
+    pairs: int
+    rmse: float
+    calibration: tuple[CalibrationBin, ...]
+
+
+@dataclass(frozen=True)
+class ChoiceReport:
+    """Agreement with people's choices: of two completions, or of good and bad.
+
+    Args:
+        n: number of choices; ties are among them.
+        accuracy: share of the choices, ties left out, in which the model prefers the same side;
+            0.5 is chance in comparisons.
+        log_loss: mean negative log-likelihood of the choices, nats; ln 2 = 0.693 is a coin's.
+        calibration: predicted and observed share in ten groups, lowest prediction first.
+    """
+
+    n: int
+    accuracy: float
+    log_loss: float
+    calibration: tuple[CalibrationBin, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Agreement with held-out feedback, one part for each kind that was there.
+
+    `dataclasses.asdict` makes it ready for JSON; a correlation that is not defined is NaN.
+    """
+
+    ratings: RatingReport | None = None
+    comparisons: ChoiceReport | None = None
+    labels: ChoiceReport | None = None
+
+
+def rating_report(predicted: np.ndarray, observed: np.ndarray) -> RatingReport:
+    """Compare predictions with mean ratings, both of shape (n,) and on the same scale."""
+    accuracy, pairs = pairwise_accuracy(predicted, observed)
+    return RatingReport(
+        n=len(observed),
+        pearson=pearson(predicted, observed),
+        spearman=spearman(predicted, observed),
+        pairwise_accuracy=accuracy,
+        pairs=pairs,
+        rmse=float(np.sqrt(np.mean((predicted - observed) ** 2))),
+        calibration=calibration(predicted, observed),
+    )
+
+
+def choice_report(logits: np.ndarray, observed: np.ndarray) -> ChoiceReport:
+    """Compare predicted log-odds with choices.
+
+    Args:
+        logits: log-odds of the first side, shape (n,).
+        observed: 1 if the first side was chosen, 0 if the other, 0.5 for a tie, shape (n,).
+    """
+    logits, observed = np.asarray(logits, dtype=float), np.asarray(observed, dtype=float)
+    decided = observed != 0.5
+    right = _half_ties(logits[decided] * (observed[decided] - 0.5))
+    losses = np.logaddexp(0, logits) - observed * logits
+    return ChoiceReport(
+        n=len(observed),
+        accuracy=float(right.mean()) if decided.any() else float("nan"),
+        log_loss=float(losses.mean()),
+        calibration=calibration(1 / (1 + np.exp(-logits)), observed),
+    )
+
+
+def pearson(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
+    """Correlation of two variables; NaN if one of them does not vary."""
+    x = np.asarray(x, dtype=float) - np.mean(x)
+    y = np.asarray(y, dtype=float) - np.mean(y)
+    norm = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / norm) if norm > 0 else float("nan")
+
+
+def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
+    """Correlation of two variables' ranks; equal values share their mean rank."""
+    return pearson(_ranks(np.asarray(x)), _ranks(np.asarray(y)))
+
+
+def pairwise_accuracy(
+    predicted: Sequence[float] | np.ndarray, observed: Sequence[float] | np.ndarray
+) -> tuple[float, int]:
+    """Share of the pairs with different observations that the predictions order alike.
+
+    A pair with equal predictions counts one half.
+
+    Returns:
+        The share (NaN if there is no such pair), and the number of such pairs.
+    """
+    predicted, observed = np.asarray(predicted, dtype=float), np.asarray(observed, dtype=float)
+    right, pairs = 0.0, 0
+    for i in range(len(observed) - 1):
+        gap = observed[i + 1 :] - observed[i]
+        different = gap != 0
+        agreement = (predicted[i + 1 :] - predicted[i])[different] * np.sign(gap[different])
+        right += float(_half_ties(agreement).sum())
+        pairs += int(different.sum())
+    return (right / pairs if pairs else float("nan")), pairs
+
+
+def calibration(
+    predicted: np.ndarray, observed: np.ndarray, bins: int = 10
+) -> tuple[CalibrationBin, ...]:
+    """Mean prediction and mean observation in groups of equal size, lowest prediction first."""
+    groups = np.array_split(np.argsort(predicted, kind="stable"), min(bins, len(predicted)))
+    return tuple(
+        CalibrationBin(len(group), float(predicted[group].mean()), float(observed[group].mean()))
+        for group in groups
+    )
+
+
+def _half_ties(margins: np.ndarray) -> np.ndarray:
+    """1 where positive, 0 where negative, 0.5 at zero."""
+    return (np.sign(margins) + 1) / 2
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]

@@ -1,0 +1,60 @@
+"""Figures of agreement, against scipy and a slow second way."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from reward_models.evaluation import (
+    calibration,
+    choice_report,
+    pairwise_accuracy,
+    pearson,
+    rating_report,
+    spearman,
+)
+
+
+def test_correlations_equal_scipys() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 9, 50)
+    y = x + rng.normal(0, 3, 50).round()
+    assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y).statistic)
+    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert np.isnan(pearson([1, 1, 1], [1, 2, 3]))
+
+
+def test_pairwise_accuracy_by_hand() -> None:
+    # pairs (0,1) right, (0,2) wrong, (1,2) tied prediction; (1,3) equal ratings, (0,3), (2,3) right
+    accuracy, pairs = pairwise_accuracy([2, 3, 3, 5], [1, 2, 0, 2])
+    assert pairs == 5
+    assert accuracy == pytest.approx((1 + 0 + 0.5 + 1 + 1) / 5)
+
+
+def test_pairwise_accuracy_a_slow_second_way() -> None:
+    rng = np.random.default_rng(1)
+    x, y = rng.integers(0, 5, 30), rng.integers(0, 5, 30)
+    pairs = [(i, j) for i, j in itertools.combinations(range(30), 2) if y[i] != y[j]]
+    right = [0.5 if x[i] == x[j] else float((x[i] > x[j]) == (y[i] > y[j])) for i, j in pairs]
+    assert pairwise_accuracy(x, y) == (pytest.approx(np.mean(right)), len(pairs))
+
+
+def test_choice_report_by_hand() -> None:
+    report = choice_report(np.array([0.0, 2.0, -1.0]), np.array([0.5, 1.0, 1.0]))
+    assert report.accuracy == 0.5
+    losses = [np.log(2), np.log(1 + np.exp(-2)), np.log(1 + np.exp(1))]
+    assert report.log_loss == pytest.approx(np.mean(losses))
+
+
+def test_calibration_of_a_perfect_model_is_the_diagonal() -> None:
+    x = np.arange(25.0)
+    table = calibration(x, x)
+    assert [bin.n for bin in table] == [3] * 5 + [2] * 5
+    assert all(bin.predicted == bin.observed for bin in table)
+    report = rating_report(x, x)
+    assert (report.pearson, report.spearman, report.pairwise_accuracy) == pytest.approx((1, 1, 1))
+    assert report.rmse == 0
+    json.dumps(dataclasses.asdict(report))

@@ -1,0 +1,207 @@
+"""The Gymnasium `Env` face: one row of `Episodes`, and what this environment is, spelled out."""
+
+import sys
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.error import ResetNeeded
+
+from text_env.episodes import Episodes
+from text_env.task import TextTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RENDER_MODES = ("ansi", "human")
+
+
+class TextEnvironment(gym.Env[np.ndarray, int]):
+    """Text generation, one token at a time, scored when the text is finished.
+
+    ## Description
+    An episode is one completion of one prompt. The agent sees the tokens so far and appends one
+    token at each step, until it ends the text or has used up its budget. Then a reward function
+    scores the finished completion.
+
+    ## Action Space
+    `Discrete(V)`: the id of the next token, V the size of the vocabulary. `action_masks()` gives
+    the tokens one should choose from (shape (V,), bool): no special token except the end token, no
+    id without a token, no end token before `min_new_tokens`. A token that is masked but in range is
+    accepted as any other; an end token that comes too early does not end the episode.
+
+    ## Observation Space
+    `Box(-1, V - 1, (max_prompt_tokens + max_new_tokens,), int64)`: the ids of prompt and
+    completion, followed by -1, which is no token's id. With `obs_dtype="float32"` the same numbers
+    as floats.
+
+    ## Starting State
+    A prompt, drawn without replacement in an order that the environment's own `np_random` shuffles;
+    a new order when all have been drawn. `reset(seed=...)` begins a new order.
+    `reset(options={"prompt": ...})` begins with the given prompt instead and draws none.
+
+    ## Rewards
+    0 at each token but the last. At the last one the score, less `missing_eos_penalty` if the
+    budget ran out.
+
+    ## Episode End
+    Always with `terminated=True`, and a `finish_reason`:
+
+    - "eos": the agent chose an end token (after `min_new_tokens` others).
+    - "stop": the completion's text contains one of the `stop` texts.
+    - "length": it has `max_new_tokens` tokens. The budget is part of the task and can be seen in
+      the observation, so this is no truncation, and no value is to be bootstrapped past it.
+
+    ## Information
+    Empty until the end; then `prompt`, `completion` (without end token, cut before the stop text,
+    decoded as a whole), `score`, `finish_reason`, `n_tokens` (all tokens generated, the end token
+    included), and the prompt's further columns under their own names.
+
+    ## Arguments
+    - `tokenizer`: a transformers tokenizer, or the folder or hub id of one.
+    - `prompts`: a path (.jsonl, .csv, .txt), or an iterable of texts, of conversations (lists of
+      `{"role", "content"}`, put through the chat template), or of dicts with the key "prompt" and
+      further columns, such as a `datasets` split.
+    - `reward_fn`: called as `reward_fn(prompts=[...], completions=[...], **columns)`, gives one
+      number per completion (see `text_env.RewardFunction`); or its place, "module:name".
+    - `max_new_tokens=48`: longest completion, in tokens, end token included.
+    - `max_prompt_tokens=None`: longest prompt, in tokens; None takes the longest one given.
+    - `prompt_too_long="error"`: or "truncate_left", which drops the oldest tokens.
+    - `min_new_tokens=0`: tokens before an end token counts as one.
+    - `stop=()`: a text or several that end an episode; they may span tokens.
+    - `eos_token_ids=None`: one or several ids that end an episode; None takes the tokenizer's.
+    - `allowed_token_ids=None`: restricts `action_masks()` to these and the end tokens.
+    - `missing_eos_penalty=0.0`: subtracted from the score where the budget ran out.
+    - `vocab_size=None`: number of actions; None takes the tokenizer's, a padded embedding has more.
+    - `obs_dtype="int64"`: or "float32".
+    - `shuffle=True`: with False the prompts come in their own order, from the first after a seeded
+      reset; the rows of a batch share them out.
+    - `skip_special_tokens=True`: whether completions leave out special tokens.
+    - `texts`, `rewards`, `fit_reward`: instead of `prompts` and `reward_fn`. Texts with a score
+      each, and a callable that makes a reward function of the two; prompts are the texts'
+      beginnings.
+    - `render_mode=None`: "ansi" (`render` returns the text, prompt dim, completion bright) or
+      "human" (the same is written to stdout at each reset and step).
+
+    All but the reward function, the tokenizer object and `fit_reward` fit into JSON, and the first
+    two can be given as strings, so that `spec.to_json()` works.
+
+    ## Version History
+    - v0: first version.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+        "render_modes": list(RENDER_MODES),
+        "render_fps": 10,
+    }
+
+    def __init__(self, *, render_mode: str | None = None, **arguments: Any) -> None:
+        self.render_mode = checked_render_mode(render_mode)
+        self.task = TextTask(**arguments)
+        self.episodes = Episodes(self.task, num_rows=1)
+        self.observation_space = self.task.observation_space
+        self.action_space = self.task.action_space  # type: ignore[assignment]
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer in use."""
+        return self.task.tokenizer
+
+    @property
+    def allowed_tokens(self) -> np.ndarray:
+        """Tokens that may be allowed at all, shape (V,), bool, read-only."""
+        return self.task.vocabulary.allowed_tokens
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin an episode.
+
+        Args:
+            seed: Makes `np_random` anew and begins a new order of prompts.
+            options: {"prompt": ...} to begin with this prompt.
+
+        Returns:
+            The observation, and an empty info.
+        """
+        super().reset(seed=seed)
+        if self.episodes.generator(0) is not self.np_random:  # a new one, by whatever way
+            self.episodes.use_generator(0, self.np_random)
+        self.episodes.reset([0], options)
+        self._show()
+        return self.episodes.observation(0), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Append one token.
+
+        Args:
+            action: Its id.
+
+        Returns:
+            Observation, reward, terminated, truncated (always False), info.
+
+        Raises:
+            ResetNeeded: No episode is under way.
+            ValueError: The action is not a token id, or the reward function's answer is wrong.
+        """
+        if not self.episodes.active[0]:
+            raise ResetNeeded(
+                "Cannot call env.step() before calling env.reset(): no episode is under way"
+            )
+        step = self.episodes.step(np.asarray(action).reshape(-1))
+        self._show()
+        return (
+            self.episodes.observation(0),
+            float(step.rewards[0]),
+            bool(step.ended[0]),
+            False,
+            step.infos.get(0, {}),
+        )
+
+    def action_masks(self) -> np.ndarray:
+        """Tokens allowed next, shape (V,), bool, read-only; named as sb3-contrib expects it."""
+        return self.episodes.action_mask(0)
+
+    def render(self) -> str | None:
+        """The text so far: returned in mode "ansi", written to stdout in mode "human"."""
+        if self.render_mode is None:
+            gym.logger.warn(
+                "render() does nothing without a render_mode; give one to the constructor"
+            )
+            return None
+        text = self.episodes.render(0)
+        if self.render_mode == "ansi":
+            return text
+        show(text)
+        return None
+
+    def get_state(self) -> dict[str, Any]:
+        """The environment's state as JSON types: generator, order of prompts, episode under way."""
+        return self.episodes.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from `get_state`, in an environment made with the same arguments."""
+        self.episodes.set_state(state)
+        self.np_random = self.episodes.generator(0)
+
+    def _show(self) -> None:
+        if self.render_mode == "human":
+            self.render()
+
+
+def checked_render_mode(render_mode: str | None) -> str | None:
+    """The render mode, if it is one.
+
+    Raises:
+        TypeError: It is none. SB3's `make_vec_env` asks for "rgb_array" first and takes a
+            TypeError, and no other, to mean that there is no such mode.
+    """
+    if render_mode is not None and render_mode not in RENDER_MODES:
+        raise TypeError(f"render_mode: expected None or one of {RENDER_MODES}, got {render_mode!r}")
+    return render_mode
+
+
+def show(text: str) -> None:
+    """Write a text to stdout at once: what render mode "human" is for."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,352 @@
+"""The core: B rows of text being generated, with no per-row Python while no row ends.
+
+Decides when an episode ends and when its score is paid. Leaves out what happens to a row afterwards
+(autoreset, final observations): the three faces do that, each by its own convention.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from gymnasium.error import ResetNeeded
+from gymnasium.utils import seeding
+
+from text_env.prompts import FixedOrder, Prompt, PromptOrder, ShuffledOrder
+from text_env.scoring import score
+from text_env.task import TextTask
+
+PADDING = -1
+"""Fills observations; no token has this id."""
+
+_RUNNING, _EOS, _STOP, _LENGTH = range(4)
+FINISH_REASONS = ("", "eos", "stop", "length")
+
+_DIM, _BRIGHT, _PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"  # ANSI escape codes
+
+
+class Step(NamedTuple):
+    """What one step did.
+
+    Attributes:
+        rewards: Shape (B,), float64: the score less the penalty where an episode ended, else 0.
+        ended: Shape (B,), bool: rows whose episode ended at this step.
+        infos: Row number to what is known about its ended episode.
+    """
+
+    rewards: np.ndarray
+    ended: np.ndarray
+    infos: dict[int, dict[str, Any]]
+
+
+class Episodes:
+    """B rows, each in one of two states: active (an episode is under way) or not (ended, or held).
+
+    A row's prompts depend on its own generator and history only, so row i of any batch goes the way
+    of a batch of one with row i's seed (with `shuffle=False` the rows share one pass instead).
+
+    Args:
+        task: What all rows have in common.
+        num_rows: Number of rows, B.
+
+    Attributes:
+        ids: Shape (B, L), int64: prompt and completion, padded at the right with -1.
+        lengths: Shape (B,): tokens in each row.
+        prompt_lengths: Shape (B,): prompt tokens in each row.
+        active: Shape (B,), bool.
+    """
+
+    def __init__(self, task: TextTask, num_rows: int) -> None:
+        if num_rows < 1:
+            raise ValueError(f"num_envs: expected at least 1, got {num_rows}")
+        self.task = task
+        self.num_rows = num_rows
+        width = task.max_prompt_tokens + task.max_new_tokens
+        self.ids = np.full((num_rows, width), PADDING, dtype=np.int64)
+        self.lengths = np.zeros(num_rows, dtype=np.int64)
+        self.prompt_lengths = np.zeros(num_rows, dtype=np.int64)
+        self.active = np.zeros(num_rows, dtype=np.bool_)
+        self._started = False
+        self._prompts: list[Prompt | None] = [None] * num_rows
+        self._generators: list[np.random.Generator | None] = [None] * num_rows
+        self._orders: list[PromptOrder | None] = [None] * num_rows
+
+    # -- beginning ---------------------------------------------------------------------------------
+
+    def generator(self, row: int) -> np.random.Generator:
+        """The row's generator; seeded by the operating system if nothing else has."""
+        generator = self._generators[row]
+        if generator is None:
+            generator, _ = seeding.np_random()
+            self.use_generator(row, generator)
+        return generator
+
+    def use_generator(self, row: int, generator: np.random.Generator) -> None:
+        """Give the row a generator and begin a new order of prompts."""
+        self._generators[row] = generator
+        self._orders[row] = self._new_order(row, generator)
+
+    def seed(self, row: int, seed: int) -> None:
+        """Seed the row as Gymnasium seeds an environment, and begin a new order of prompts."""
+        self.use_generator(row, seeding.np_random(int(seed))[0])
+
+    def reset(self, rows: Iterable[int], options: Mapping[str, Any] | None = None) -> None:
+        """Begin an episode in each of these rows.
+
+        Args:
+            rows: Row numbers.
+            options: {"prompt": ...} begins with this prompt and leaves the order of prompts as it
+                is.
+
+        Raises:
+            ValueError: Another option is given, or the prompt is not one that the prompt set would
+                take.
+        """
+        given = None
+        if options:
+            if set(options) != {"prompt"}:
+                raise ValueError(f'options: expected only the key "prompt", got {sorted(options)}')
+            given = self.task.prompts.encode(options["prompt"])
+        self._started = True
+        for row in rows:
+            self._begin(row, given if given is not None else self._draw(row))
+            self.active[row] = True
+
+    def _draw(self, row: int) -> Prompt:
+        self.generator(row)  # makes generator and order where nobody has seeded the row
+        order = self._orders[row]
+        assert order is not None
+        return self.task.prompts[order.draw()]
+
+    def _begin(self, row: int, prompt: Prompt) -> None:
+        n_tokens = len(prompt.ids)
+        self._prompts[row] = prompt
+        self.ids[row] = PADDING
+        self.ids[row, :n_tokens] = prompt.ids
+        self.lengths[row] = self.prompt_lengths[row] = n_tokens
+
+    def _new_order(self, row: int, generator: np.random.Generator) -> PromptOrder:
+        size = len(self.task.prompts)
+        if self.task.shuffle:
+            return ShuffledOrder(size, generator)
+        return FixedOrder(size, row, self.num_rows)
+
+    def hold(self, rows: np.ndarray) -> None:
+        """Empty these rows: their observation is all padding until they are reset.
+
+        Args:
+            rows: Shape (B,), bool.
+        """
+        self.active[rows] = False
+        self.ids[rows] = PADDING
+        self.lengths[rows] = self.prompt_lengths[rows] = 0
+        for row in np.flatnonzero(rows):
+            self._prompts[row] = None
+
+    # -- being under way ---------------------------------------------------------------------------
+
+    def step(self, actions: Any) -> Step:
+        """Append one token to each active row; score, in one call, the rows that end by it.
+
+        Args:
+            actions: Shape (B,), integers; those of inactive rows are ignored.
+
+        Raises:
+            ResetNeeded: No row has been reset yet.
+            ValueError: An action is not a token id, or the reward function's answer is not one
+                finite number per completion.
+        """
+        rows = np.flatnonzero(self.active)
+        tokens = self._checked(actions)[rows]
+        self.ids[rows, self.lengths[rows]] = tokens
+        self.lengths[rows] += 1
+        reasons = self._finish_reasons(rows, tokens)
+        rewards = np.zeros(self.num_rows, dtype=np.float64)
+        ended = np.zeros(self.num_rows, dtype=np.bool_)
+        infos: dict[int, dict[str, Any]] = {}
+        over = reasons != _RUNNING
+        if over.any():
+            # first, so that an error in the reward leaves no row with more tokens than fit
+            self.active[rows[over]] = False
+            ended[rows[over]] = True
+            infos = self._finish(rows[over], reasons[over])
+            for row, info in infos.items():
+                missing = info["finish_reason"] == "length"
+                rewards[row] = info["score"] - self.task.missing_eos_penalty * missing
+        return Step(rewards, ended, infos)
+
+    def observations(self) -> np.ndarray:
+        """A copy of all rows, shape (B, L), in the observation's dtype."""
+        return self.ids.astype(self.task.obs_dtype)  # copies, of the same type too
+
+    def observation(self, row: int) -> np.ndarray:
+        """A copy of one row, shape (L,), in the observation's dtype."""
+        return self.ids[row].astype(self.task.obs_dtype)
+
+    def action_masks(self) -> np.ndarray:
+        """Tokens allowed next, shape (B, V), bool; read-only where all rows allow the same."""
+        allowed = self.task.vocabulary.allowed_tokens
+        early = self._early()
+        if not early.any():
+            return np.broadcast_to(allowed, (self.num_rows, len(allowed)))
+        before_eos = self.task.vocabulary.allowed_before_eos
+        if early.all():
+            return np.broadcast_to(before_eos, (self.num_rows, len(allowed)))
+        return np.where(early[:, None], before_eos, allowed)
+
+    def action_mask(self, row: int) -> np.ndarray:
+        """Tokens allowed next in one row, shape (V,), bool, read-only."""
+        vocabulary = self.task.vocabulary
+        return vocabulary.allowed_before_eos if self._early()[row] else vocabulary.allowed_tokens
+
+    def render(self, row: int) -> str:
+        """The row as text, prompt dim and completion bright (ANSI codes); a held row is empty."""
+        prompt = self._prompts[row]
+        if prompt is None:
+            return ""
+        completion = self.task.vocabulary.completion_text(prompt.ids, self._completion_ids(row))
+        return f"{_DIM}{prompt.text}{_PLAIN}{_BRIGHT}{completion}{_PLAIN}"
+
+    def _early(self) -> np.ndarray:
+        """Rows in which EOS is not allowed yet, shape (B,), bool."""
+        return self.active & (self.lengths - self.prompt_lengths < self.task.min_new_tokens)
+
+    def _checked(self, actions: Any) -> np.ndarray:
+        actions = np.asarray(actions)
+        if not self._started:
+            raise ResetNeeded("Cannot call step() before calling reset()")
+        if actions.shape != (self.num_rows,) or actions.dtype.kind not in "iu":
+            raise ValueError(
+                f"actions: expected {self.num_rows} integers, got shape {actions.shape} of "
+                f"type {actions.dtype}"
+            )
+        wrong = ((actions < 0) | (actions >= self.task.vocabulary.size)) & self.active
+        if wrong.any():
+            row = int(wrong.argmax())
+            prompt = self._prompts[row]
+            raise ValueError(
+                f"action of row {row}: expected a token id in [0, {self.task.vocabulary.size}), "
+                f"got {actions[row]} (prompt {prompt.text if prompt else None!r})"
+            )
+        return actions
+
+    # -- ending ------------------------------------------------------------------------------------
+
+    def _finish_reasons(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Why each of these rows ends now, as indices of `FINISH_REASONS`, or 0."""
+        vocabulary = self.task.vocabulary
+        n_tokens = self.lengths[rows] - self.prompt_lengths[rows]
+        reasons = np.where(n_tokens >= self.task.max_new_tokens, _LENGTH, _RUNNING)
+        if vocabulary.stop:
+            for i in np.flatnonzero(vocabulary.may_stop[tokens]):
+                if vocabulary.find_stop(self._text(rows[i])) >= 0:
+                    reasons[i] = _STOP
+        reasons[vocabulary.is_eos[tokens] & (n_tokens > self.task.min_new_tokens)] = _EOS
+        return reasons
+
+    def _finish(self, rows: np.ndarray, reasons: np.ndarray) -> dict[int, dict[str, Any]]:
+        """Score the episodes that ended and describe them."""
+        prompts = [self._prompt(row) for row in rows]
+        completions = [
+            self._completion(row, reason) for row, reason in zip(rows, reasons, strict=True)
+        ]
+        columns = {
+            name: [prompt.columns[name] for prompt in prompts]
+            for name in self.task.prompts.column_names
+        }
+        texts = [prompt.text for prompt in prompts]
+        scores = score(self.task.reward_fn, texts, list(completions), columns)
+        n_tokens = self.lengths[rows] - self.prompt_lengths[rows]
+        return {
+            int(row): {
+                "prompt": prompts[i].text,
+                "completion": completions[i],
+                "score": scores[i],
+                "finish_reason": FINISH_REASONS[reasons[i]],
+                "n_tokens": int(n_tokens[i]),
+                **copy.deepcopy(prompts[i].columns),  # users keep and change infos
+            }
+            for i, row in enumerate(rows)
+        }
+
+    def _completion(self, row: int, reason: int) -> str:
+        text = self._text(row, without_last=reason == _EOS)
+        return text[: self.task.vocabulary.find_stop(text)] if reason == _STOP else text
+
+    def _text(self, row: int, without_last: bool = False) -> str:
+        ids = self._completion_ids(row)
+        return self.task.vocabulary.completion_text(
+            self._prompt(row).ids, ids[:-1] if without_last else ids
+        )
+
+    def _completion_ids(self, row: int) -> np.ndarray:
+        return self.ids[row, self.prompt_lengths[row] : self.lengths[row]]
+
+    def _prompt(self, row: int) -> Prompt:
+        prompt = self._prompts[row]
+        assert prompt is not None
+        return prompt
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that changes, as JSON types (if the columns of a given prompt are)."""
+        return {
+            "prompts": self.task.prompts.fingerprint(),
+            "started": self._started,
+            "rows": [self._row_state(row) for row in range(self.num_rows)],
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `get_state`, in a batch made with the same arguments.
+
+        Raises:
+            ValueError: The state is of another number of rows or of other prompts.
+        """
+        rows = state["rows"]
+        if len(rows) != self.num_rows:
+            raise ValueError(f"state: expected {self.num_rows} rows, got {len(rows)}")
+        if state["prompts"] != self.task.prompts.fingerprint():
+            raise ValueError("state: expected one of the same prompts and tokenizer, got another's")
+        self._started = state["started"]
+        for row, row_state in enumerate(rows):
+            self._set_row_state(row, row_state)
+
+    def _row_state(self, row: int) -> dict[str, Any]:
+        generator, order, prompt = self._generators[row], self._orders[row], self._prompts[row]
+        return {
+            "generator": None if generator is None else generator.bit_generator.state,
+            "order": None if order is None else order.get_state(),
+            "prompt": None if prompt is None else _prompt_state(prompt),
+            "completion": self._completion_ids(row).tolist(),
+            "active": bool(self.active[row]),
+        }
+
+    def _set_row_state(self, row: int, state: Mapping[str, Any]) -> None:
+        self.hold(np.arange(self.num_rows) == row)
+        self._generators[row] = self._orders[row] = None
+        if state["generator"] is not None:
+            generator, _ = seeding.np_random()
+            self.use_generator(row, generator)
+            order = self._orders[row]
+            assert order is not None
+            order.set_state(state["order"])
+            generator.bit_generator.state = state["generator"]
+        if state["prompt"] is not None:
+            self._begin(row, self._prompt_from_state(state["prompt"]))
+            end = self.lengths[row] + len(state["completion"])
+            self.ids[row, self.lengths[row] : end] = state["completion"]
+            self.lengths[row] = end
+        self.active[row] = state["active"]
+
+    def _prompt_from_state(self, state: Mapping[str, Any]) -> Prompt:
+        if state["number"] is not None:
+            return self.task.prompts[state["number"]]
+        ids = np.array(state["ids"], dtype=np.int64)
+        return Prompt(state["text"], ids, dict(state["columns"]), None)
+
+
+def _prompt_state(prompt: Prompt) -> dict[str, Any]:
+    if prompt.number is not None:
+        return {"number": prompt.number}
+    return {**prompt._asdict(), "ids": prompt.ids.tolist()}

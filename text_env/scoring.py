@@ -1,0 +1,83 @@
+"""The border to the reward: one callable, batched, text in, one score per completion out.
+
+Leaves out every reward itself, and when a score is paid (`episodes`).
+"""
+
+import importlib
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+from text_env.prompts import shorten
+
+
+class RewardFunction(Protocol):
+    """Scores finished completions. TRL's reward functions have the same signature."""
+
+    def __call__(
+        self, *, prompts: list[str], completions: list[str], **columns: list[Any]
+    ) -> Sequence[float]:
+        """Score B completions at once.
+
+        Args:
+            prompts: B prompts.
+            completions: B completions, without prompt, end token, and stop text.
+            **columns: The prompts' further columns, B values each.
+
+        Returns:
+            B finite numbers, higher is better.
+        """
+        ...
+
+
+def load_reward(reward_fn: "RewardFunction | str") -> RewardFunction:
+    """A reward function from "module:name", which fits into JSON; a callable is returned as is.
+
+    Raises:
+        ValueError: There is no such callable.
+    """
+    if isinstance(reward_fn, str):
+        module, _, name = reward_fn.partition(":")
+        try:
+            reward_fn = cast(RewardFunction, getattr(importlib.import_module(module), name))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f'reward_fn: expected a callable or "module:name", got {reward_fn!r} ({error})'
+            ) from error
+    if not callable(reward_fn):
+        raise ValueError(f"reward_fn: expected a callable, got {type(reward_fn).__name__}")
+    return reward_fn
+
+
+def score(
+    reward_fn: RewardFunction,
+    prompts: list[str],
+    completions: list[str],
+    columns: dict[str, list[Any]],
+) -> list[float]:
+    """Call the reward function once and check its answer.
+
+    Raises:
+        ValueError: Not one finite number per completion; the message names the prompt.
+    """
+    answer: Any = reward_fn(prompts=prompts, completions=completions, **columns)
+    values = answer.tolist() if hasattr(answer, "tolist") else answer  # arrays and tensors
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(
+            f"reward_fn: expected a sequence of {len(prompts)} numbers, "
+            f"got {type(answer).__name__} (first prompt {shorten(prompts[0])})"
+        )
+    if len(values) != len(prompts):
+        raise ValueError(
+            f"reward_fn: expected {len(prompts)} scores, one per completion, got {len(values)} "
+            f"(first prompt {shorten(prompts[0])})"
+        )
+    scores = [value.item() if hasattr(value, "item") else value for value in values]
+    for value, prompt, completion in zip(scores, prompts, completions, strict=True):
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ValueError(
+                f"reward_fn: expected a finite number, got {value!r} for the completion "
+                f"{shorten(completion)} of the prompt {shorten(prompt)}"
+            )
+    return [float(value) for value in scores]

@@ -171,39 +171,155 @@ class Run:
 
 def run(common: Common, settings: Run) -> None:
     """Do all stages, and say at the end what improved and where to look."""
-    from reward_models import assets
-
     start = time.time()
-    if settings.sft.model == "smollm2":
-        assets.smollm2()  # what must be fetched is fetched before anything is computed
-    sft(common, settings.sft)
-    reward(common, settings.reward)
-    ppo(common, settings.ppo)
-    evaluate(common, settings.evaluate)
-    say(f"all of it took {time.time() - start:.0f} s")
+    for stage in ("sft", "reward", "ppo", "evaluate"):
+        STAGES[stage].function(common, getattr(settings, stage))
+    say(f"All of it took {time.time() - start:.0f} s.")
 
 
 def sft(common: Common, settings: SFT) -> None:
-    """Warm-start a causal LM on texts; leaves `sft/` and `sft.json` in the run folder."""
-    from transformers import AutoTokenizer
-
+    """Warm-start a causal LM on texts; leaves the folder `sft` in the run folder."""
     from agents.language_model import load_lm
-    from agents.sft import load_tokenizer, warm_start
+    from agents.sft import warm_start
+    from text_env.vocabulary import load_tokenizer
 
-    folder = results(common, "sft")
-    texts = read_texts(settings.texts or data(common) / "language.jsonl")
-    model = named_model(settings.model)
-    tokenizer = load_tokenizer(model)
-    lm = load_lm(model).to(device(common))
-    report = warm_start(
-        lm,
-        tokenizer,
-        texts,
-        max_tokens=settings.max_tokens,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        seed=common.seed,
-        progress_bar=True,
+    with stage(common, "sft", makes=["sft"]) as (facts, path):
+        model = named_model(settings.model)
+        texts = read_texts(settings.texts or data(common) / "language.jsonl")
+        tokenizer, lm = load_tokenizer(model), load_lm(model).to(device(common))
+        facts["report"] = warm_start(
+            lm,
+            tokenizer,
+            texts,
+            max_tokens=settings.max_tokens,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            seed=common.seed,
+            progress_bar=True,
+        )
+        save_lm(lm, tokenizer, path / "sft")
+        report = facts["report"]
+        say(
+            f"held-out loss {report.loss_before:.2f} -> {report.loss_after:.2f} nats per token, "
+            f"{report.steps} updates on {report.n_texts} texts"
+        )
+
+
+def reward(common: Common, settings: Reward) -> None:
+    """Learn reward model and judge from feedback; leaves `reward_model` and `judge`."""
+    from reward_models import LearnedRewardModel, read_feedback
+
+    if settings.feedback is None:
+        sources = {
+            "reward_model": data(common) / "reward_feedback.jsonl",
+            "judge": data(common) / "judge_feedback.jsonl",
+        }
+    else:
+        sources = {"reward_model": settings.feedback}
+    if settings.judge_feedback is not None:
+        sources["judge"] = settings.judge_feedback
+    with stage(common, "reward", makes=["reward_model", "judge"]) as (facts, path):
+        for number, (name, source) in enumerate(sources.items()):
+            records = read_feedback(source)
+            model = LearnedRewardModel.from_pretrained(
+                named_model(settings.model), device(common), seed=common.seed + number
+            )
+            report = model.fit(
+                records,
+                settings.held_out,
+                epochs=settings.epochs,
+                batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                seed=common.seed + number,
+                progress_bar=True,
+            )
+            texts = [text for record in records for text in record.texts]
+            model.normalize([""] * len(texts), texts, f"the {len(texts)} texts of {source.name}")
+            model.save(path / name, overwrite=common.overwrite)
+            facts[name] = report
+            say(f"{name}: {agreement(report)}")
+        if settings.feedback is None:
+            facts["human"] = human_agreement(data(common))
+
+
+def ppo(common: Common, settings: PPO) -> None:
+    """Train the policy against the reward model; leaves `policy`, metrics and samples."""
+    from stable_baselines3.common.logger import (
+        JSONOutputFormat,
+        Logger,
+        TensorBoardOutputFormat,
     )
+
+    from agents import SampleTextCallback, SavePretrainedCallback, TokenPPO
+    from reward_models import LearnedRewardModel
+    from text_env import TextVecEnv
+    from text_env.vocabulary import load_tokenizer
+
+    makes = ["policy", "metrics.jsonl", "samples.jsonl", "tensorboard"]
+    with stage(common, "ppo", makes) as (facts, path):
+        policy = settings.policy or str(needed(path / "sft", "sft"))
+        reward_model = settings.reward_model or needed(path / "reward_model", "reward")
+        tokenizer = load_tokenizer(policy)
+        env = TextVecEnv(
+            num_envs=settings.n_envs,
+            tokenizer=tokenizer,
+            prompts=settings.prompts or data(common) / "prompts.jsonl",
+            reward_fn=LearnedRewardModel.load(reward_model, device(common)),
+            max_new_tokens=settings.max_new_tokens,
+            missing_eos_penalty=settings.missing_eos_penalty,
+        )
+        model = TokenPPO(
+            "CausalLMPolicy",
+            env,
+            learning_rate=lambda progress: settings.learning_rate * progress,
+            n_steps=settings.n_steps,
+            batch_size=settings.batch_size,
+            n_epochs=settings.n_epochs,
+            vf_coef=settings.vf_coef,
+            policy_kwargs={
+                "lm": policy,
+                "temperature": settings.temperature,
+                "trainable_layers": settings.trainable_layers,
+            },
+            kl_coef=settings.kl_coef,
+            target_ref_kl=settings.target_ref_kl,
+            kl_horizon=settings.kl_horizon,
+            seed=common.seed,
+            device=device(common),
+        )
+        metrics = JSONOutputFormat(str(path / "metrics.jsonl"))
+        board = TensorBoardOutputFormat(str(path / "tensorboard"))
+        model.set_logger(Logger(str(path), [metrics, board]))
+        callbacks = [
+            SampleTextCallback(path / "samples.jsonl"),
+            SavePretrainedCallback(path / "policy", tokenizer, settings.save_every),
+        ]
+        if (path / "judge").exists():
+            callbacks.append(judge_callback(LearnedRewardModel.load(path / "judge")))
+        model.learn(settings.total_timesteps, callback=callbacks, progress_bar=True)
+        facts["tokens"] = model.num_timesteps
+
+
+def evaluate(common: Common, settings: Evaluate) -> None:
+    """Compare policy and warm start on test prompts; leaves `report.md` and its pictures."""
+    from reward_models import LearnedRewardModel, LexiconSentiment
+    from reward_models.assets import sentiment_lexicon
+    from text_env.prompts import load_prompts
+
+    makes = ["evaluation.json", "report.md", "curves.png"]
+    with stage(common, "evaluate", makes) as (facts, path):
+        reference = settings.reference or str(needed(path / "sft", "sft"))
+        policy = settings.policy or str(needed(path / "policy", "ppo"))
+        reward_path = settings.reward_model or needed(path / "reward_model", "reward")
+        judge_path = settings.judge or (path / "judge" if (path / "judge").exists() else None)
+        prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
+        scorers = {"score": LearnedRewardModel.load(reward_path, device(common))}
+        if judge_path is not None:
+            scorers["judge"] = LearnedRewardModel.load(judge_path, device(common)).human_scale
+        scorers["lexicon"] = LexiconSentiment(sentiment_lexicon())
+        writers = written(common, settings, reference, policy, prompts[: settings.n_prompts])
+        facts["writers"] = {
+            name: statistics(completions, scorers) for name, completions in writers.items()
+        }

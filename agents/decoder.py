@@ -5,6 +5,8 @@ which begin anew. It holds hidden states and caches only: the heads on top are t
 Weights that change under it must be announced with `forget`.
 """
 
+import copy
+
 import torch as th
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
@@ -73,28 +75,51 @@ class CachedDecoder:
     another's.
     """
 
-    def __init__(self, body: PreTrainedModel) -> None:
-        """Decode with `body`, a causal transformer without its LM head.
+    def __init__(self, lm: PreTrainedModel, dtype: th.dtype = th.float32) -> None:
+        """Decode with `lm`, or with a copy of its weights in another dtype.
+
+        Args:
+            lm: The causal LM.
+            dtype: What to compute in. A copy follows the weights when `forget` is called.
 
         Raises:
             ValueError: If the model's layers keep anything else than keys and values.
         """
-        layers = DynamicCache(config=body.config.get_text_config()).layers
+        layers = DynamicCache(config=lm.config.get_text_config()).layers
         odd = sorted({type(layer).__name__ for layer in layers if not is_attention(layer)})
         if odd:
             raise ValueError(
                 f"expected a causal LM with attention layers only, got {odd} in "
-                f"{type(body).__name__}: such a state cannot be cut at a token; use another model"
+                f"{type(lm).__name__}: such a state cannot be cut at a token; use another model"
             )
-        self.body = body
+        self._source, self._dtype = lm, dtype
         self._n_layers = len(layers)
+        self._copy: PreTrainedModel | None = None
         self.forget()
+
+    @property
+    def lm(self) -> PreTrainedModel:
+        """The weights that are decoded with: the model itself, or its copy."""
+        return self._source if self._copy is None else self._copy
 
     def forget(self) -> None:
         """Drop everything: the weights have changed, or memory is needed elsewhere."""
         self._ids: th.Tensor | None = None
         self._hidden: th.Tensor | None = None
         self._cache: Cache | None = None
+        self._stale = True
+
+    def _follow(self) -> None:
+        """Bring the copy's weights up to date. Buffers keep their dtype: positions need it."""
+        if self._dtype == th.float32 or not self._stale:
+            return
+        if self._copy is None:
+            self._copy = copy.deepcopy(self._source).requires_grad_(False)
+            for parameter in self._copy.parameters():
+                parameter.data = parameter.data.to(self._dtype)
+        else:
+            for new, old in zip(self._source.parameters(), self._copy.parameters(), strict=True):
+                old.copy_(new)
 
     def fits(self, ids: th.Tensor) -> bool:
         """Say whether the batch has the shape of the one that is held (or none is held)."""
@@ -126,6 +151,8 @@ class CachedDecoder:
 
     def _begin(self, ids: th.Tensor) -> None:
         """Start over with empty slots for a batch of this shape."""
+        self._follow()
+        self._stale = False
         n_rows, longest = ids.shape
         self._window = Window(longest + max(16, longest // 8))
         self._layers = [SlotLayer(self._window) for _ in range(self._n_layers)]
@@ -158,7 +185,7 @@ class CachedDecoder:
         if longest > 0:
             prompt = ids[rows, :longest].clamp(min=0)
             cache = Cache(layers=[DynamicLayer() for _ in range(self._n_layers)])
-            self.body(input_ids=prompt, past_key_values=cache, use_cache=True)
+            self.lm.base_model(input_ids=prompt, past_key_values=cache, use_cache=True)
             column = th.arange(longest, device=ids.device) - (longest - known)[:, None]
             column = column.clamp(min=0)[:, None, :, None]  # (k, 1, longest, 1)
             for slot, source in zip(self._layers, cache.layers, strict=True):
@@ -172,7 +199,7 @@ class CachedDecoder:
         """Run one token (n_rows, 1) per row over the window; return (n_rows, H)."""
         window = self._window
         column = th.arange(window.start, window.end + 1, device=token.device)
-        output = self.body(
+        output = self.lm.base_model(
             input_ids=token,
             attention_mask=(column >= self._first[:, None]).long(),
             position_ids=length[:, None] - 1,

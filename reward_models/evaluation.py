@@ -114,10 +114,9 @@ def choice_report(logits: np.ndarray, observed: np.ndarray) -> ChoiceReport:
 
 def pearson(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
     """Correlation of two variables; NaN if one of them does not vary."""
-    x = np.asarray(x, dtype=float) - np.mean(x)
-    y = np.asarray(y, dtype=float) - np.mean(y)
-    norm = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / norm) if norm > 0 else float("nan")
+    dx, dy = np.asarray(x) - np.mean(x), np.asarray(y) - np.mean(y)
+    norm = np.sqrt((dx @ dx) * (dy @ dy))
+    return float(dx @ dy / norm) if norm > 0 else float("nan")
 
 
 def spearman(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:

@@ -1,37 +1,22 @@
 """A reward model learned from human feedback: a pretrained backbone with one output.
 
 It learns from ratings, comparisons and labels, alone or mixed, through one number per text, the
-logit u. Every record is a claim about a margin m of logits, and the loss is the mean negative
-log-likelihood of the records, in nats:
-
-    rating      m = u(text)                    (m − r)² / 2, r the rating on the logit scale
-    comparison  m = u(chosen) − u(rejected)    −log σ(m)     (Bradley & Terry 1952; a tie is half
-                                                              a win for each side)
-    label       m = u(text)                    −log σ(m) if good, −log σ(−m) if bad
-
-The logit scale puts the ends of a human scale at −4 and +4, where σ is 0.02 and 0.98, so all three
-pull on u with about the same strength. A scale from −4 to +4 is the logit itself.
-
-Ensembles and metrics are not here, nor is the collection of feedback.
+logit; how is in `fitting`. Ensembles and metrics are not here, nor is the collection of feedback.
 """
 
 import json
 import logging
 import math
 import os
-import random
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any
 
 import numpy as np
 import torch as th
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -39,20 +24,15 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
 )
 
 from reward_models.atomic import atomic_folder
+from reward_models.batches import LOGIT_END, Example, claim, pad
 from reward_models.evaluation import EvaluationReport, choice_report, rating_report
 from reward_models.feedback.records import Comparison, Feedback, Label, Rating
+from reward_models.fitting import common_scale, own_random_numbers, split, train
 
 logger = logging.getLogger(__name__)
-
-LOGIT_END = 4.0
-"""Logit of a human scale's upper end; its lower end is at the negative."""
 
 _SIDE_FILE = "reward_model.json"
 
@@ -144,7 +124,7 @@ class LearnedRewardModel:
         Raises:
             OSError: if there is no model there.
         """
-        with _own_random_numbers(seed):
+        with own_random_numbers(seed):
             model = AutoModelForSequenceClassification.from_pretrained(
                 path_or_id, num_labels=1, dtype=th.float32, ignore_mismatched_sizes=True
             )
@@ -304,46 +284,35 @@ class LearnedRewardModel:
             ValueError: if there is nothing to learn from, the scales of the ratings differ, or the
                 loss stops being finite.
         """
-        train, held_out = _split(feedback, eval_feedback, seed)
-        if not train:
+        learned, held_out = split(feedback, eval_feedback, seed)
+        if not learned:
             raise ValueError("expected feedback to learn from, got none")
-        self.scale = _common_scale([*train, *held_out])
+        self.scale = common_scale([*learned, *held_out])
         self.normalization = Normalization()
-        with _own_random_numbers(seed), tempfile.TemporaryDirectory() as folder:
+        with own_random_numbers(seed), tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            result = self._train(
-                [self._example(record) for record in train],
-                TrainingArguments(
-                    output_dir=folder,
-                    num_train_epochs=epochs,
-                    max_steps=max_steps or -1,
-                    per_device_train_batch_size=batch_size,
-                    learning_rate=learning_rate,
-                    lr_scheduler_type="linear",
-                    warmup_steps=0.1,
-                    weight_decay=0.01,
-                    logging_steps=0.02,
-                    logging_nan_inf_filter=False,
-                    disable_tqdm=not progress_bar,
-                    seed=seed,
-                    save_strategy="no",
-                    report_to="none",
-                    remove_unused_columns=False,
-                    use_cpu=self.device.type == "cpu",
-                    dataloader_pin_memory=self.device.type == "cuda",
-                ),
-                _has_bf16(self.device) if bf16 is None else bf16,
+            result = train(
+                self.model,
+                [Example(self._encode(record.texts), claim(record)) for record in learned],
+                bf16,
                 on_log,
+                output_dir=folder,
+                num_train_epochs=epochs,
+                max_steps=max_steps or -1,
+                per_device_train_batch_size=batch_size,
+                learning_rate=learning_rate,
+                seed=seed,
+                disable_tqdm=not progress_bar,
             )
             seconds = time.perf_counter() - start
         report = FitReport(
-            records=len(train),
+            records=len(learned),
             steps=result.global_step,
             seconds=seconds,
             train_loss=result.training_loss,
             held_out=self.evaluate(held_out) if held_out else None,
         )
-        logger.info("fitted on %d records in %.0f s", len(train), seconds)
+        logger.info("fitted on %d records in %.0f s", len(learned), seconds)
         return report
 
     def evaluate(self, feedback: Sequence[Feedback]) -> EvaluationReport:
@@ -379,60 +348,12 @@ class LearnedRewardModel:
         low, high = self.scale
         return ((low + high) / 2 + logits * ((high - low) / (2 * LOGIT_END))).astype(logits.dtype)
 
-    def _train(
-        self,
-        examples: Sequence["_Example"],
-        arguments: TrainingArguments,
-        bf16: bool,
-        on_log: Callable[[dict[str, float]], None] | None,
-    ) -> Any:
-        trainer = _FeedbackTrainer(
-            bf16,
-            model=self.model,
-            args=arguments,
-            train_dataset=examples,
-            data_collator=self._collate,
-            callbacks=[_Watch(on_log)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        device = self.device
-        try:
-            return trainer.train()
-        finally:
-            self.model.to(device).eval()
-            self.model.zero_grad(set_to_none=True)
-
-    def _example(self, record: Feedback) -> "_Example":
-        return _Example(self._encode(record.texts), *_claim(record))
-
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, from 1 to `max_length` of them."""
         rows = self.tokenizer(
             list(texts), truncation=True, max_length=self.max_length, verbose=False
         )["input_ids"]
         return [row or [self.tokenizer.pad_token_id] for row in rows]
-
-    def _pad(self, rows: Sequence[list[int]]) -> dict[str, th.Tensor]:
-        """Right-padded ids and their mask, both of shape (rows, longest row)."""
-        ids = th.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id)
-        mask = th.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = th.tensor(row)
-            mask[i, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
-
-    def _collate(self, examples: Sequence["_Example"]) -> "_Batch":
-        rows = [row for example in examples for row in example.rows]
-        ends = np.cumsum([len(example.rows) for example in examples])
-        starts = ends - [len(example.rows) for example in examples]
-        second = np.where(ends - starts == 2, starts + 1, len(rows))
-        return _Batch(
-            **self._pad(rows),
-            first=th.as_tensor(starts),
-            second=th.as_tensor(second),
-            target=th.tensor([example.target for example in examples]),
-            is_rating=th.tensor([example.is_rating for example in examples]),
-        )
 
     @th.inference_mode()
     def _logits(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
@@ -442,153 +363,10 @@ class LearnedRewardModel:
         logits = np.zeros(len(rows), dtype=np.float32)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            inputs = self._pad([rows[i] for i in chosen])
-            output = self.model(**{key: value.to(self.device) for key, value in inputs.items()})
+            ids, mask = pad([rows[i] for i in chosen], self.tokenizer.pad_token_id)
+            output = self.model(ids.to(self.device), attention_mask=mask.to(self.device))
             logits[chosen] = output.logits[:, 0].float().cpu().numpy()
         return logits
-
-
-class _Example(NamedTuple):
-    """A record, ready for the model: one or two rows of ids, and the claim about their margin."""
-
-    rows: list[list[int]]
-    target: float
-    is_rating: bool
-
-
-class _Batch(TypedDict):
-    """R records over T texts, padded to L tokens.
-
-    `first` and `second` (R,) index the texts whose logits' difference is the margin; `second` is
-    T, which stands for the logit 0, where the record has one text only.
-    """
-
-    input_ids: th.Tensor
-    attention_mask: th.Tensor
-    first: th.Tensor
-    second: th.Tensor
-    target: th.Tensor
-    is_rating: th.Tensor
-
-
-class _FeedbackTrainer(Trainer):
-    """transformers' Trainer with the loss of this module and batches of similar length.
-
-    Its own `bf16` is not used: it patches the model's forward, and scores would stay imprecise
-    after the training.
-
-    Args:
-        autocast: whether to compute products in bfloat16.
-        arguments: for `Trainer`.
-    """
-
-    def __init__(self, autocast: bool, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.autocast = autocast
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
-        model.eval()  # no dropout: with it the held-out correlation is lower
-        with th.autocast(inputs["target"].device.type, th.bfloat16, enabled=self.autocast):
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        loss = feedback_loss(
-            outputs.logits[:, 0].float(),
-            *(inputs[name] for name in ("first", "second", "target", "is_rating")),
-        )
-        return (loss, outputs) if return_outputs else loss
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> "_SimilarLength":
-        examples = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [max(map(len, example.rows)) for example in examples]
-        return _SimilarLength(lengths, self.args.train_batch_size)
-
-
-class _SimilarLength(th.utils.data.Sampler[int]):
-    """An order in which every batch has similar lengths, and long and short batches are mixed.
-
-    The length-grouped sampler of transformers sorts fifty batches at a time from long to short,
-    so that the last ones, at the lowest learning rate, are all short.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int) -> None:
-        self.lengths = th.tensor(lengths)
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        batches: list[th.Tensor] = []
-        for pool in th.randperm(len(self.lengths)).split(50 * self.batch_size):
-            by_length = pool[self.lengths[pool].argsort(stable=True)]
-            batches.extend(by_length.split(self.batch_size))
-        batches.sort(key=len, reverse=True)  # an incomplete batch must be the last one
-        full = sum(len(batch) == self.batch_size for batch in batches)
-        order = [*th.randperm(full).tolist(), *range(full, len(batches))]
-        return iter([index for i in order for index in batches[i].tolist()])
-
-
-class _Watch(TrainerCallback):
-    """Hands the training's log on, and stops the training when the loss is not finite."""
-
-    def __init__(self, receiver: Callable[[dict[str, float]], None] | None) -> None:
-        self.receiver = receiver
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        logs = logs or {}
-        loss = logs.get("loss", logs.get("train_loss", 0.0))  # the latter comes at the very end
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"expected a finite loss, got {loss} up to step {state.global_step}: lower the "
-                "learning rate"
-            )
-        if "loss" not in logs:
-            return
-        entry = {"step": state.global_step} | logs
-        logger.debug("%s", entry)
-        if self.receiver is not None:
-            self.receiver(entry)
-
-
-def feedback_loss(
-    logits: th.Tensor,
-    first: th.Tensor,
-    second: th.Tensor,
-    target: th.Tensor,
-    is_rating: th.Tensor,
-) -> th.Tensor:
-    """Mean negative log-likelihood of R records given the logits of T texts; see the module.
-
-    Args:
-        logits: shape (T,).
-        first: text whose logit counts for the margin, shape (R,).
-        second: text whose logit counts against it, shape (R,); T for none.
-        target: the rating on the logit scale, or the probability with which the first side (or
-            good) was chosen: 1, 0, or 0.5 for a tie; shape (R,).
-        is_rating: which of both the target is, shape (R,).
-
-    Returns:
-        Loss in nats per record, a scalar; a rating's is that of a normal distribution with SD 1,
-        without its constant.
-    """
-    padded = F.pad(logits, (0, 1))
-    margin = padded[first] - padded[second]
-    squared = (margin - target) ** 2 / 2
-    logistic = F.softplus(margin) - target * margin
-    return th.where(is_rating, squared, logistic).mean()
-
-
-def _claim(record: Feedback) -> tuple[float, bool]:
-    """The target of a record's margin, and whether it is a rating."""
-    if isinstance(record, Rating):
-        low, high = record.scale
-        return LOGIT_END * (2 * record.rating - low - high) / (high - low), True
-    if isinstance(record, Comparison):
-        return (0.5 if record.tie else 1.0), False
-    return float(record.label), False
 
 
 def _choice_report(records: Sequence[Comparison | Label], logit: dict[str, float]) -> Any:
@@ -598,7 +376,7 @@ def _choice_report(records: Sequence[Comparison | Label], logit: dict[str, float
         logit[record.texts[0]] - (logit[record.texts[1]] if len(record.texts) == 2 else 0.0)
         for record in records
     ]
-    return choice_report(np.array(margins), np.array([_claim(record)[0] for record in records]))
+    return choice_report(np.array(margins), np.array([claim(record).target for record in records]))
 
 
 def _join(prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
@@ -609,45 +387,15 @@ def _join(prompts: Sequence[str], completions: Sequence[str]) -> list[str]:
     return [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def _split(
-    feedback: Sequence[Feedback], eval_feedback: Sequence[Feedback] | float | None, seed: int
-) -> tuple[list[Feedback], list[Feedback]]:
-    """Training and held-out records, with no text in both."""
-    if eval_feedback is None:
-        return list(feedback), []
-    if isinstance(eval_feedback, int | float):
-        if not 0 < eval_feedback < 1:
-            raise ValueError(f"expected a fraction between 0 and 1, got {eval_feedback}")
-        texts = sorted({record.texts[0] for record in feedback})
-        drawn = set(random.Random(seed).sample(texts, math.ceil(eval_feedback * len(texts))))
-        held_out = [record for record in feedback if record.texts[0] in drawn]
-        rest = [record for record in feedback if record.texts[0] not in drawn]
-    else:
-        held_out, rest = list(eval_feedback), list(feedback)
-    unseen = {text for record in held_out for text in record.texts}
-    train = [record for record in rest if unseen.isdisjoint(record.texts)]
-    if len(train) < len(rest):
-        logger.info("dropped %d records with held-out texts", len(rest) - len(train))
-    return train, held_out
-
-
-def _common_scale(records: Sequence[Feedback]) -> tuple[float, float] | None:
-    scales = Counter(record.scale for record in records if isinstance(record, Rating))
-    if len(scales) > 1:
-        raise ValueError(
-            f"expected ratings on one scale, got {', '.join(map(str, sorted(scales)))}: convert "
-            "them to one"
-        )
-    return next(iter(scales), None)
-
-
 def _read_side_file(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ValueError(f"{path}: expected what LearnedRewardModel.save wrote ({error})") from error
+        raise ValueError(
+            f"{path}: expected what LearnedRewardModel.save wrote ({error})"
+        ) from error
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:
@@ -667,28 +415,3 @@ def _device(name: str | th.device) -> th.device:
     if th.cuda.is_available():
         return th.device("cuda")
     return th.device("mps" if th.backends.mps.is_available() else "cpu")
-
-
-def _has_bf16(device: th.device) -> bool:
-    """Whether the hardware multiplies bfloat16 numbers; emulation would be slower than float32."""
-    if device.type == "cuda":
-        return th.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        abilities = th.cpu.get_capabilities()
-        return bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
-    return False
-
-
-@contextmanager
-def _own_random_numbers(seed: int) -> Iterator[None]:
-    """Seed the global generators, which transformers draws from, and give them back as found."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with th.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed % (1 << 32))
-        th.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -122,9 +122,7 @@ class LexiconSentiment:
     """
 
     def __init__(self, lexicon: Mapping[str, float] | str | os.PathLike[str]) -> None:
-        self.valence = (
-            dict(lexicon) if isinstance(lexicon, Mapping) else _read_lexicon(lexicon)
-        )
+        self.valence = dict(lexicon) if isinstance(lexicon, Mapping) else _read_lexicon(lexicon)
 
     def __call__(
         self, *, prompts: Sequence[str], completions: Sequence[str], **columns: Any

@@ -203,7 +203,7 @@ def test_an_episode_cut_by_the_rollout_goes_on_and_its_ref_kl_is_whole() -> None
 
     def keep(model) -> None:
         buffer = model.rollout_buffer
-        per_token.append(buffer.log_probs - model._ref_log_probs())
+        per_token.append(buffer.log_probs - model._log_probs(model.reference))
         episodes.extend(model.finished_episodes)
 
     model.learn(2 * 12, callback=AtRolloutEnd(keep))

@@ -41,7 +41,7 @@ def test_wrong_number_of_scores_is_an_error() -> None:
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])
 def test_score_that_is_not_finite_is_an_error(score: float) -> None:
-    with pytest.raises(ValueError, match="expected a finite score, got .* 'the bad one'"):
+    with pytest.raises(ValueError, match=r"expected a finite score, got .* 'the bad one'"):
         checked_scores([1.0, score], ["a", "the bad one"])
 
 

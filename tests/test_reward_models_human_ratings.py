@@ -8,11 +8,7 @@ import pytest
 
 from reward_models.human_ratings import RatedText, load_human_ratings, split_half_correlation
 
-TEXTS = (
-    "1\t0.5\tTom &amp;amp; Ana\r\n"
-    "2\t9.9\tA \x85 caf\u00e9 &lt;3\r\n"
-    "3\t0\ttom & ANA \r\n"
-)
+TEXTS = "1\t0.5\tTom &amp;amp; Ana\r\n2\t9.9\tA \x85 caf\u00e9 &lt;3\r\n3\t0\ttom & ANA \r\n"
 RATINGS = "\ufeff2\t0\t1\t[4, 3, -4]\r\n1\t0\t1\t[1, 0]\r\n3\t0\t1\t[-1]"
 
 
@@ -39,14 +35,14 @@ def test_texts_and_raw_ratings_are_joined_by_id(tmp_path: Path) -> None:
 
 
 def test_files_that_disagree_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="same texts in both files on movies, got 1 .* '3' first"):
+    with pytest.raises(ValueError, match=r"same texts in both files on movies, got 1 .* '3' first"):
         load_human_ratings(("movies",), archive(tmp_path, ratings=RATINGS.rsplit("\n", 1)[0]))
-    with pytest.raises(ValueError, match="GroundTruth.txt, line 2: expected 3 columns, got 1"):
+    with pytest.raises(ValueError, match=r"GroundTruth.txt, line 2: expected 3 columns, got 1"):
         load_human_ratings(("movies",), archive(tmp_path, texts=TEXTS.replace("2\t9.9\t", "")))
 
 
 def test_unknown_source_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected sources out of movies, .* got 'books'"):
+    with pytest.raises(ValueError, match=r"expected sources out of movies, .* got 'books'"):
         load_human_ratings(("books",), archive(tmp_path))  # type: ignore[arg-type]
 
 

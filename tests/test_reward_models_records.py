@@ -88,7 +88,7 @@ def test_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> Non
 def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
     path = tmp_path / "feedback.jsonl"
     path.write_bytes(b'{"completion": "caf\xe9", "label": true}\n')
-    with pytest.raises(ValueError, match="line 1: .*utf-8"):
+    with pytest.raises(ValueError, match=r"line 1: .*utf-8"):
         read_feedback(path)
 
 

@@ -11,22 +11,27 @@ can be given by hand instead. Nothing heavy is imported before the arguments are
 import json
 import logging
 import os
+import re
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
-    from jsonargparse import ArgumentParser
-    from transformers import PreTrainedTokenizerBase
+    import torch as th
+    from jsonargparse import ArgumentParser, Namespace
+    from stable_baselines3.common.callbacks import BaseCallback
 
-    from agents import CausalLMPolicy, TokenPPO
     from reward_models import LearnedRewardModel
+
+Scorer = Callable[[Sequence[str], Sequence[str]], "np.ndarray"]
+Episodes = list[dict[str, Any]]
 
 # ------------------------------------------------------------------------------- settings
 
@@ -43,6 +48,9 @@ class Common:
     """CPU threads; None leaves the choice to torch."""
     device: str = "auto"
     """Where models compute: auto, cpu, cuda, mps."""
+    dtype: str = "auto"
+    """What the LM computes in: float32, bfloat16, or auto (bfloat16 where the hardware has it).
+    Weights and log-probabilities are float32 either way."""
     overwrite: bool = False
     """Replace results of an earlier run of the stage."""
 
@@ -59,12 +67,14 @@ class SFT:
     """Longer texts are cut there."""
     epochs: float = 1.0
     """Passes over the texts."""
-    max_steps: int | None = None
-    """Updates at most."""
-    batch_size: int = 32
+    max_steps: int | None = 60
+    """Updates at most; None: as many as the epochs have."""
+    batch_size: int = 20
     """Texts per update."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     """Highest learning rate; it rises over the first tenth and falls linearly to 0."""
+    trainable_layers: int | None = 30
+    """How many of the last transformer layers learn; None: all of the model and its embeddings."""
 
 
 @dataclass
@@ -110,11 +120,11 @@ class PPO:
     """Passes over each rollout."""
     learning_rate: float = 3e-5
     """At the start; it falls linearly to 0."""
-    trainable_layers: int | None = None
+    trainable_layers: int | None = 8
     """How many of the last transformer layers learn; None: all of the model."""
-    max_new_tokens: int = 24
+    max_new_tokens: int = 32
     """Longest completion, tokens."""
-    temperature: float = 1.0
+    temperature: float = 0.7
     """Divides the logits, in training and evaluation."""
     kl_coef: float = 0.1
     """Weight of the KL penalty at the start, score units per nat."""
@@ -124,8 +134,12 @@ class PPO:
     """Episodes over which an adaptive weight moves."""
     missing_eos_penalty: float = 1.0
     """Subtracted from the score of a completion that ran out of tokens."""
+    gae_lambda: float = 0.95
+    """λ of the advantage estimate."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
+    max_grad_norm: float = 0.5
+    """Gradients are clipped to this norm."""
     save_every: int | None = None
     """Rollouts between saves of the policy; it is always saved at the end."""
 
@@ -146,9 +160,9 @@ class Evaluate:
     """None: the run's reward_model/."""
     judge: str | None = None
     """None: the run's judge/, if there is one."""
-    max_new_tokens: int = 24
+    max_new_tokens: int = 32
     """Longest completion, tokens."""
-    temperature: float = 1.0
+    temperature: float = 0.7
     """Divides the logits."""
     best_of: int = 4
     """Samples of the reference per prompt for the best-of-n baseline; 1 leaves it out."""
@@ -170,24 +184,28 @@ class Run:
 
 
 def run(common: Common, settings: Run) -> None:
-    """Do all stages, and say at the end what improved and where to look."""
+    """Do all stages: warm start, reward model and judge, PPO, evaluation."""
     start = time.time()
-    for stage in ("sft", "reward", "ppo", "evaluate"):
-        STAGES[stage].function(common, getattr(settings, stage))
-    say(f"All of it took {time.time() - start:.0f} s.")
+    sft(common, settings.sft)
+    reward(common, settings.reward)
+    ppo(common, settings.ppo)
+    evaluate(common, settings.evaluate)
+    say(f"The whole run took {time.time() - start:.0f} s.")
 
 
 def sft(common: Common, settings: SFT) -> None:
-    """Warm-start a causal LM on texts; leaves the folder `sft` in the run folder."""
+    """Warm-start a causal LM on texts; leaves the folder sft."""
     from agents.language_model import load_lm
+    from agents.saving import replaced_folder
     from agents.sft import warm_start
+    from text_env.prompts import load_texts
     from text_env.vocabulary import load_tokenizer
 
-    with stage(common, "sft", makes=["sft"]) as (facts, path):
+    with stage(common, "sft", makes=["sft"]) as facts:
+        texts = load_texts(settings.texts or data(common) / "language.jsonl")
         model = named_model(settings.model)
-        texts = read_texts(settings.texts or data(common) / "language.jsonl")
-        tokenizer, lm = load_tokenizer(model), load_lm(model).to(device(common))
-        facts["report"] = warm_start(
+        tokenizer, lm = load_tokenizer(model), load_lm(model).to(device_of(common))
+        report = warm_start(
             lm,
             tokenizer,
             texts,
@@ -196,35 +214,36 @@ def sft(common: Common, settings: SFT) -> None:
             max_steps=settings.max_steps,
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
+            trainable_layers=settings.trainable_layers,
+            dtype=dtype_of(common),
             seed=common.seed,
             progress_bar=True,
         )
-        save_lm(lm, tokenizer, path / "sft")
-        report = facts["report"]
+        with replaced_folder(folder_of(common) / "sft") as folder:
+            lm.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        facts["sft"] = asdict(report)
         say(
-            f"held-out loss {report.loss_before:.2f} -> {report.loss_after:.2f} nats per token, "
-            f"{report.steps} updates on {report.n_texts} texts"
+            f"held-out loss {report.loss_before:.2f} -> {report.loss_after:.2f} nats per token "
+            f"({report.n_texts} texts, {report.steps} updates)"
         )
 
 
 def reward(common: Common, settings: Reward) -> None:
-    """Learn reward model and judge from feedback; leaves `reward_model` and `judge`."""
+    """Learn reward model and judge from human feedback; leaves reward_model and judge."""
     from reward_models import LearnedRewardModel, read_feedback
 
     if settings.feedback is None:
-        sources = {
-            "reward_model": data(common) / "reward_feedback.jsonl",
-            "judge": data(common) / "judge_feedback.jsonl",
-        }
+        parts = {name: data(common) / f"{name}.jsonl" for name in ("reward_model", "judge")}
     else:
-        sources = {"reward_model": settings.feedback}
+        parts = {"reward_model": settings.feedback}
     if settings.judge_feedback is not None:
-        sources["judge"] = settings.judge_feedback
-    with stage(common, "reward", makes=["reward_model", "judge"]) as (facts, path):
-        for number, (name, source) in enumerate(sources.items()):
-            records = read_feedback(source)
+        parts["judge"] = settings.judge_feedback
+    with stage(common, "reward", makes=["reward_model", "judge"]) as facts:
+        for seed, (name, file) in enumerate(parts.items(), start=common.seed):
+            records = read_feedback(file)
             model = LearnedRewardModel.from_pretrained(
-                named_model(settings.model), device(common), seed=common.seed + number
+                named_model(settings.model), device_of(common), seed=seed
             )
             report = model.fit(
                 records,
@@ -232,22 +251,28 @@ def reward(common: Common, settings: Reward) -> None:
                 epochs=settings.epochs,
                 batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
-                seed=common.seed + number,
+                seed=seed,
                 progress_bar=True,
             )
             texts = [text for record in records for text in record.texts]
-            model.normalize([""] * len(texts), texts, f"the {len(texts)} texts of {source.name}")
-            model.save(path / name, overwrite=common.overwrite)
-            facts[name] = report
-            say(f"{name}: {agreement(report)}")
+            model.normalize([""] * len(texts), texts, f"the {len(texts)} texts of {file.name}")
+            model.save(folder_of(common) / name, overwrite=True)
+            facts[name] = asdict(report)
+            say(f"{name}: {agreement(facts[name])}")
         if settings.feedback is None:
-            facts["human"] = human_agreement(data(common))
+            facts["people"] = human_agreement()
+            say(
+                "people: split halves r = {split_half:.2f}; a lexicon: r = {lexicon:.2f}".format(
+                    **facts["people"]
+                )
+            )
 
 
 def ppo(common: Common, settings: PPO) -> None:
-    """Train the policy against the reward model; leaves `policy`, metrics and samples."""
+    """Train the policy on the reward model's scores; leaves policy, metrics and samples."""
     from stable_baselines3.common.logger import (
         JSONOutputFormat,
+        KVWriter,
         Logger,
         TensorBoardOutputFormat,
     )
@@ -257,16 +282,17 @@ def ppo(common: Common, settings: PPO) -> None:
     from text_env import TextVecEnv
     from text_env.vocabulary import load_tokenizer
 
+    folder = folder_of(common)
     makes = ["policy", "metrics.jsonl", "samples.jsonl", "tensorboard"]
-    with stage(common, "ppo", makes) as (facts, path):
-        policy = settings.policy or str(needed(path / "sft", "sft"))
-        reward_model = settings.reward_model or needed(path / "reward_model", "reward")
+    with stage(common, "ppo", makes) as facts:
+        policy = settings.policy or str(left_by("sft", folder / "sft"))
+        reward_model = settings.reward_model or left_by("reward", folder / "reward_model")
         tokenizer = load_tokenizer(policy)
         env = TextVecEnv(
             num_envs=settings.n_envs,
             tokenizer=tokenizer,
             prompts=settings.prompts or data(common) / "prompts.jsonl",
-            reward_fn=LearnedRewardModel.load(reward_model, device(common)),
+            reward_fn=LearnedRewardModel.load(reward_model, device_of(common)),
             max_new_tokens=settings.max_new_tokens,
             missing_eos_penalty=settings.missing_eos_penalty,
         )
@@ -277,49 +303,648 @@ def ppo(common: Common, settings: PPO) -> None:
             n_steps=settings.n_steps,
             batch_size=settings.batch_size,
             n_epochs=settings.n_epochs,
+            gae_lambda=settings.gae_lambda,
             vf_coef=settings.vf_coef,
+            max_grad_norm=settings.max_grad_norm,
             policy_kwargs={
                 "lm": policy,
                 "temperature": settings.temperature,
                 "trainable_layers": settings.trainable_layers,
+                "dtype": dtype_of(common),
             },
             kl_coef=settings.kl_coef,
             target_ref_kl=settings.target_ref_kl,
             kl_horizon=settings.kl_horizon,
             seed=common.seed,
-            device=device(common),
+            device=device_of(common),
         )
-        metrics = JSONOutputFormat(str(path / "metrics.jsonl"))
-        board = TensorBoardOutputFormat(str(path / "tensorboard"))
-        model.set_logger(Logger(str(path), [metrics, board]))
-        callbacks = [
-            SampleTextCallback(path / "samples.jsonl"),
-            SavePretrainedCallback(path / "policy", tokenizer, settings.save_every),
+        writers: list[KVWriter] = [
+            JSONOutputFormat(str(folder / "metrics.jsonl")),
+            TensorBoardOutputFormat(str(folder / "tensorboard")),
         ]
-        if (path / "judge").exists():
-            callbacks.append(judge_callback(LearnedRewardModel.load(path / "judge")))
+        model.set_logger(Logger(str(folder), writers))
+        callbacks = [
+            SampleTextCallback(folder / "samples.jsonl"),
+            SavePretrainedCallback(folder / "policy", tokenizer, settings.save_every),
+        ]
+        if (folder / "judge").exists():
+            judge = LearnedRewardModel.load(folder / "judge", device_of(common))
+            callbacks.insert(0, judged_rollouts(judge))
         model.learn(settings.total_timesteps, callback=callbacks, progress_bar=True)
+        model.logger.close()
         facts["tokens"] = model.num_timesteps
 
 
 def evaluate(common: Common, settings: Evaluate) -> None:
-    """Compare policy and warm start on test prompts; leaves `report.md` and its pictures."""
+    """Compare policy and warm start on test prompts; leaves report.md and its pictures."""
+    import numpy as np
+
     from reward_models import LearnedRewardModel, LexiconSentiment
     from reward_models.assets import sentiment_lexicon
     from text_env.prompts import load_prompts
 
-    makes = ["evaluation.json", "report.md", "curves.png"]
-    with stage(common, "evaluate", makes) as (facts, path):
-        reference = settings.reference or str(needed(path / "sft", "sft"))
-        policy = settings.policy or str(needed(path / "policy", "ppo"))
-        reward_path = settings.reward_model or needed(path / "reward_model", "reward")
-        judge_path = settings.judge or (path / "judge" if (path / "judge").exists() else None)
+    folder = folder_of(common)
+    with stage(common, "evaluate", ["evaluation.json", "report.md", "curves.png"]) as facts:
+        reference = settings.reference or str(left_by("sft", folder / "sft"))
+        policy = settings.policy or str(left_by("ppo", folder / "policy"))
+        reward_model = settings.reward_model or left_by("reward", folder / "reward_model")
         prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
-        scorers = {"score": LearnedRewardModel.load(reward_path, device(common))}
-        if judge_path is not None:
-            scorers["judge"] = LearnedRewardModel.load(judge_path, device(common)).human_scale
-        scorers["lexicon"] = LexiconSentiment(sentiment_lexicon())
-        writers = written(common, settings, reference, policy, prompts[: settings.n_prompts])
-        facts["writers"] = {
-            name: statistics(completions, scorers) for name, completions in writers.items()
+        scorers: dict[str, Scorer] = {
+            "score": LearnedRewardModel.load(reward_model, device_of(common)).score
         }
+        judge = settings.judge or str(folder / "judge")
+        if settings.judge or (folder / "judge").exists():
+            scorers["judge"] = LearnedRewardModel.load(judge, device_of(common)).human_scale
+        lexicon = LexiconSentiment(sentiment_lexicon())
+        scorers["lexicon"] = lambda p, c: np.asarray(lexicon(prompts=p, completions=c))
+        groups = write_all(common, settings, reference, policy, prompts[: settings.n_prompts])
+        scores = {
+            name: {key: score(*texts_of(group)) for key, score in scorers.items()}
+            for name, group in groups.items()
+        }
+        facts["measures"] = {name: measures(groups[name], scores[name]) for name in groups}
+        facts["gain"] = {
+            key: mean_interval(scores[POLICY][key] - scores[WARM_START][key]) for key in scorers
+        }
+        write_report(folder, facts, groups, scores, settings)
+    say(summary(facts))
+    say(f"Report: {folder / 'report.md'}")
+
+
+# -------------------------------------------------------------------- data, folders, models
+
+SHARES = {"language": 0.35, "reward_model": 0.3, "judge": 0.3, "test": 0.05}
+"""How the movie sentences are split."""
+PROMPT_WORDS = 4
+"""Words of a sentence that are given as a prompt."""
+LEAST_WORDS = 9
+"""Shorter sentences make no prompt: too little would be left to write."""
+
+
+def data(common: Common) -> Path:
+    """Return the run's data folder; made, if need be, from the human ratings of movie sentences.
+
+    It holds language.jsonl ({"text"}), reward_model.jsonl and judge.jsonl (ratings), and
+    prompts.jsonl and test_prompts.jsonl ({"prompt"}). The sentences are split by a hash of the
+    text: none is in two parts. Training prompts are beginnings of the language part.
+    """
+    from reward_models import write_feedback
+    from reward_models.atomic import atomic_folder
+    from reward_models.human_ratings import load_human_ratings
+    from text_env import split_by_hash
+
+    folder = folder_of(common) / "data"
+    if not folder.exists():
+        rated = {tidy(item.text): item for item in load_human_ratings(("movies",))}
+        parts = split_by_hash(rated, SHARES)
+        test = prompts_of(parts["test"])
+        with atomic_folder(folder) as made:
+            write_jsonl(made / "language.jsonl", ({"text": text} for text in parts["language"]))
+            for name in ("reward_model", "judge"):
+                write_feedback(
+                    made / f"{name}.jsonl",
+                    (replace(rated[text].as_feedback(), completion=text) for text in parts[name]),
+                )
+            train = (prompt for prompt in prompts_of(parts["language"]) if prompt not in set(test))
+            write_jsonl(made / "prompts.jsonl", ({"prompt": prompt} for prompt in train))
+            write_jsonl(made / "test_prompts.jsonl", ({"prompt": prompt} for prompt in test))
+        say(", ".join(f"{len(texts)} {name}" for name, texts in parts.items()) + " sentences")
+    return folder
+
+
+def tidy(text: str) -> str:
+    """Undo what the collection did to the sentences' quotes and dashes."""
+    return re.sub(r"\s{2,}", " - ", text.replace("''", '"')).strip()
+
+
+def prompts_of(texts: Sequence[str]) -> list[str]:
+    """Return the distinct beginnings of the longer texts, in their order."""
+    words = (text.split() for text in texts)
+    return list(dict.fromkeys(" ".join(w[:PROMPT_WORDS]) for w in words if len(w) >= LEAST_WORDS))
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object per line."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def folder_of(common: Common) -> Path:
+    """Return the run folder, which `main` has set."""
+    assert common.run is not None
+    return common.run
+
+
+def left_by(stage_name: str, folder: Path) -> Path:
+    """Return what an earlier stage left, or say which stage is missing."""
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"expected {folder}, which `python train.py {stage_name} --run {folder.parent}` makes; "
+            "run that stage first, or name another input (see --help)"
+        )
+    return folder
+
+
+@contextmanager
+def stage(common: Common, name: str, makes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Announce a stage, keep it from replacing results, and write down what it found and took.
+
+    Yields:
+        A dict for facts; with the seconds that the stage took it goes to stages/<name>.json.
+    """
+    from reward_models.atomic import atomic_file
+
+    folder = folder_of(common)
+    there = [folder / made for made in makes if (folder / made).exists()]
+    if there and not common.overwrite:
+        raise FileExistsError(
+            f"{', '.join(map(str, there))} exist already: choose another --run folder, or pass "
+            "--overwrite true"
+        )
+    for path in there:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    set_up(common)
+    say(f"== {name}")
+    start, facts = time.time(), {}
+    yield facts
+    facts["seconds"] = round(time.time() - start, 1)
+    facts["peak_memory_gib"] = round(peak_memory() / 2**30, 2)
+    (folder / "stages").mkdir(exist_ok=True)
+    with atomic_file(folder / "stages" / f"{name}.json") as file:
+        file.write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+    say(f"   {facts['seconds']:.0f} s, at most {facts['peak_memory_gib']:.1f} GiB so far")
+
+
+def set_up(common: Common) -> None:
+    """Seed everything, and set threads, before a stage computes."""
+    import torch as th
+    import transformers
+    from stable_baselines3.common.utils import set_random_seed
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if common.threads is not None:
+        th.set_num_threads(common.threads)
+    set_random_seed(common.seed)
+
+
+def peak_memory() -> int:
+    """Return the process's peak resident memory, bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def named_model(name: str) -> str:
+    """Return the folder of an asset by its short name; any other name is a folder or hub id."""
+    from reward_models import assets
+
+    known = {"smollm2": assets.smollm2, "minilm": assets.minilm}
+    return str(known[name]()) if name in known else name
+
+
+def device_of(common: Common) -> "th.device":
+    """Return the torch device."""
+    from stable_baselines3.common.utils import get_device
+
+    return get_device(common.device)
+
+
+def dtype_of(common: Common) -> str:
+    """Return the dtype to compute the LM in: bfloat16 is several times faster where it is native."""
+    import torch as th
+
+    if common.dtype != "auto":
+        return common.dtype
+    device = device_of(common)
+    if device.type == "cuda":
+        native = th.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = th.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return "bfloat16" if native else "float32"
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(text, flush=True)
+
+
+# ----------------------------------------------------------------- what the stages look at
+
+
+def agreement(report: dict[str, Any]) -> str:
+    """Say in one line how well a fitted model agrees with held-out feedback."""
+    parts = []
+    for kind, found in (report["held_out"] or {}).items():
+        if found is not None and "pearson" in found:
+            parts.append(
+                f"r = {found['pearson']:.3f}, pairwise accuracy {found['pairwise_accuracy']:.3f} "
+                f"on {found['n']} held-out texts"
+            )
+        elif found is not None:
+            parts.append(f"accuracy {found['accuracy']:.3f} on {found['n']} held-out {kind}")
+    return "; ".join(parts) + f" ({report['records']} records, {report['seconds']:.0f} s)"
+
+
+def human_agreement() -> dict[str, float]:
+    """Return what frames the models' r: people against people, and a plain lexicon."""
+    from reward_models import LexiconSentiment
+    from reward_models.assets import sentiment_lexicon
+    from reward_models.evaluation import pearson
+    from reward_models.human_ratings import load_human_ratings, split_half_correlation
+
+    rated = load_human_ratings(("movies",))
+    texts = [item.text for item in rated]
+    scores = LexiconSentiment(sentiment_lexicon())(prompts=[""] * len(texts), completions=texts)
+    return {
+        "split_half": split_half_correlation(rated, repeats=3),
+        "lexicon": pearson(scores, [item.mean for item in rated]),
+    }
+
+
+def judged_rollouts(judge: "LearnedRewardModel") -> "BaseCallback":
+    """Return a callback that logs the judge's mean of each rollout, on the human scale."""
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    class JudgedRollouts(BaseCallback):
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_end(self) -> None:
+            episodes = getattr(self.model, "finished_episodes", [])
+            if episodes:
+                ratings = judge.human_scale(*texts_of(episodes))
+                self.logger.record("rollout/judge_mean", float(ratings.mean()))
+
+    return JudgedRollouts()
+
+
+def texts_of(episodes: Episodes) -> tuple[list[str], list[str]]:
+    """Return the prompts and the completions of episodes."""
+    return [e["prompt"] for e in episodes], [e["completion"] for e in episodes]
+
+
+WARM_START, POLICY, GREEDY = "warm start", "policy", "warm start, greedy"
+
+
+def write_all(
+    common: Common, settings: Evaluate, reference: str, policy: str, prompts: list[dict[str, Any]]
+) -> dict[str, Episodes]:
+    """Let policy, warm start and baselines each continue every prompt once.
+
+    Returns:
+        By writer, an episode per prompt: the environment's final info and `ref_kl`.
+    """
+    import numpy as np
+
+    from agents import CausalLMPolicy
+    from agents.language_model import Reference
+    from agents.writing import write_episodes
+    from reward_models import LearnedRewardModel
+    from text_env import TextVecEnv
+    from text_env.vocabulary import load_tokenizer
+
+    reward_model = settings.reward_model or folder_of(common) / "reward_model"
+    env = TextVecEnv(
+        num_envs=len(prompts),
+        autoreset=False,
+        tokenizer=load_tokenizer(policy),
+        prompts=prompts,
+        shuffle=False,
+        reward_fn=LearnedRewardModel.load(reward_model, device_of(common)),
+        max_new_tokens=settings.max_new_tokens,
+    )
+
+    def writer(lm: str) -> CausalLMPolicy:
+        model = CausalLMPolicy(
+            env.observation_space,
+            env.action_space,
+            lambda _: 0.0,
+            lm=lm,
+            temperature=settings.temperature,
+            dtype=dtype_of(common),
+        ).to(device_of(common))
+        model.allowed_tokens.copy_(model.allowed_tokens.new_tensor(np.array(env.allowed_tokens)))
+        return model
+
+    def write(model: CausalLMPolicy, **options: Any) -> Episodes:
+        bar.update()
+        env.set_options()
+        return write_episodes(model, env, frozen, **options)
+
+    warm_start = writer(reference)
+    frozen = Reference(warm_start.lm, warm_start)
+    bar = progress(3 + settings.best_of, "writing")
+    groups = {WARM_START: write(warm_start), POLICY: write(writer(policy))}
+    groups[GREEDY] = write(warm_start, deterministic=True)
+    if settings.best_of > 1:
+        samples = [groups[WARM_START]] + [write(warm_start) for _ in range(settings.best_of - 1)]
+        best = [max(row, key=lambda e: e["score"]) for row in zip(*samples, strict=True)]
+        # The KL of best-of-n is at most log n - (n - 1)/n (Beirami et al. 2024), whatever the text.
+        bound = float(np.log(settings.best_of) - (settings.best_of - 1) / settings.best_of)
+        groups[f"best of {settings.best_of}"] = [{**e, "ref_kl": bound} for e in best]
+    bar.close()
+    return groups
+
+
+def progress(total: int, what: str) -> Any:
+    """Return a progress bar."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, leave=False)
+
+
+# ------------------------------------------------------------------------------- measures
+
+
+def measures(episodes: Episodes, scores: dict[str, "np.ndarray"]) -> dict[str, list[float]]:
+    """Measure a writer on its episodes: each figure with its 95 % interval, [value, low, high]."""
+    import numpy as np
+
+    from reward_models import distinct_n, repetition
+
+    _, texts = texts_of(episodes)
+    found = {key: mean_interval(values) for key, values in scores.items()}
+    found["ref_kl"] = mean_interval(np.array([e["ref_kl"] for e in episodes]))
+    found["tokens"] = mean_interval(np.array([e["n_tokens"] for e in episodes]))
+    found["ended"] = mean_interval(np.array([e["finish_reason"] != "length" for e in episodes]))
+    found["repetition"] = mean_interval(np.array([repetition(text) for text in texts]))
+    for n in (1, 2):
+        found[f"distinct-{n}"] = jackknife(lambda part, n=n: distinct_n(part, n), texts)
+    return found
+
+
+def mean_interval(values: "np.ndarray") -> list[float]:
+    """Return the mean of (n,) values and its 95 % interval by Student's t."""
+    import numpy as np
+    from scipy import stats
+
+    values = np.asarray(values, dtype=float)
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return [float(values.mean()), float(values.mean() - half), float(values.mean() + half)]
+
+
+def jackknife(statistic: Callable[[list[str]], float], texts: list[str]) -> list[float]:
+    """Return a statistic of a whole set of texts and its 95 % interval by the jackknife.
+
+    A bootstrap would draw texts twice and so find less that is distinct. Source: Efron and Stein
+    1981; each text is left out in turn.
+    """
+    import numpy as np
+
+    n, value = len(texts), statistic(texts)
+    without = np.array([statistic(texts[:i] + texts[i + 1 :]) for i in range(n)])
+    half = 1.96 * float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
+    return [float(value), value - half, value + half]
+
+
+MEASURES = {
+    "score": "score (reward model; SD 1 on human sentences)",
+    "judge": "judge (human scale, -4 to +4)",
+    "lexicon": "lexicon sentiment",
+    "ref_kl": "KL to the warm start (nats per completion)",
+    "tokens": "length (tokens)",
+    "ended": "ended by itself (share)",
+    "distinct-1": "distinct-1",
+    "distinct-2": "distinct-2",
+    "repetition": "repeated 3-grams (share)",
+}
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """Say what improved, and by how much."""
+    before, after = facts["measures"][WARM_START], facts["measures"][POLICY]
+    key = "judge" if "judge" in after else "score"
+    gain, low, high = facts["gain"][key]
+    kept = after["distinct-2"][0] / max(before["distinct-2"][0], 1e-9)
+    return (
+        f"{MEASURES[key]}: {before[key][0]:+.2f} -> {after[key][0]:+.2f}, "
+        f"a gain of {gain:+.2f} [{low:+.2f}, {high:+.2f}] "
+        f"at {after['ref_kl'][0]:.1f} nats per completion; "
+        f"distinct-2 at {kept:.2f} of the warm start's"
+    )
+
+
+# --------------------------------------------------------------------------------- report
+
+
+def write_report(
+    folder: Path,
+    facts: dict[str, Any],
+    groups: dict[str, Episodes],
+    scores: dict[str, dict[str, "np.ndarray"]],
+    settings: Evaluate,
+) -> None:
+    """Write evaluation.json, curves.png and report.md."""
+    from reward_models.atomic import atomic_file
+
+    rows = [json.loads(line) for line in read_lines(folder / "metrics.jsonl")]
+    if rows:
+        draw_curves(folder / "curves.png", rows)
+    with atomic_file(folder / "evaluation.json") as file:
+        episodes = {
+            name: [
+                {**{k: e[k] for k in ("prompt", "completion", "finish_reason", "ref_kl")}}
+                | {k: float(v[i]) for k, v in scores[name].items()}
+                for i, e in enumerate(group)
+            ]
+            for name, group in groups.items()
+        }
+        text = json.dumps({**facts, "episodes": episodes}, indent=1, ensure_ascii=False)
+        file.write_text(text, encoding="utf-8")
+    parts = [
+        "# What the run did",
+        summary(facts) + ".",
+        f"{len(groups[POLICY])} test prompts, each continued once by every writer; 95 % intervals "
+        "in brackets. Score, judge and lexicon read prompt and completion together. The judge "
+        "has learned from other people's ratings than the reward model and was never a reward.",
+        measures_table(facts["measures"]),
+        "![curves](curves.png)" if rows else "",
+        "## Samples",
+        samples_table(groups, scores, settings.n_samples),
+        "## Stages",
+        stages_table(folder),
+    ]
+    with atomic_file(folder / "report.md") as file:
+        file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a file, none if there is no such file."""
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def measures_table(found: dict[str, dict[str, list[float]]]) -> str:
+    """Format the measures of all writers side by side, as Markdown."""
+    keys = [key for key in MEASURES if key in found[POLICY]]
+    lines = ["| | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
+    for key in keys:
+        cells = [
+            f"{value:.2f} [{low:.2f}, {high:.2f}]"
+            for value, low, high in (m[key] for m in found.values())
+        ]
+        lines.append(f"| {MEASURES[key]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def samples_table(
+    groups: dict[str, Episodes], scores: dict[str, dict[str, "np.ndarray"]], n_samples: int
+) -> str:
+    """Show the first prompts with what warm start and policy made of them, as Markdown."""
+    key = "judge" if "judge" in scores[POLICY] else "score"
+    lines = [f"| prompt | {WARM_START} | {key} | {POLICY} | {key} |", "|---|---|---|---|---|"]
+    for i, (before, after) in enumerate(zip(groups[WARM_START], groups[POLICY], strict=True)):
+        if i < n_samples:
+            cells = [before["prompt"], before["completion"], f"{scores[WARM_START][key][i]:+.1f}"]
+            cells += [after["completion"], f"{scores[POLICY][key][i]:+.1f}"]
+            lines.append(
+                "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+            )
+    return "\n".join(lines)
+
+
+def stages_table(folder: Path) -> str:
+    """Say what each stage took and found, as Markdown."""
+    lines = ["| stage | seconds | peak memory so far (GiB) | found |", "|---|---|---|---|"]
+    for name in ("sft", "reward", "ppo"):
+        for line in read_lines(folder / "stages" / f"{name}.json")[:1]:
+            del line
+            facts = json.loads((folder / "stages" / f"{name}.json").read_text(encoding="utf-8"))
+            found = []
+            if "sft" in facts:
+                report = facts["sft"]
+                found.append(
+                    f"held-out loss {report['loss_before']:.2f} to {report['loss_after']:.2f} "
+                    "nats per token"
+                )
+            found += [
+                f"{m}: {agreement(facts[m])}" for m in ("reward_model", "judge") if m in facts
+            ]
+            if "people" in facts:
+                found.append(
+                    "people's split halves r = {split_half:.2f}, a lexicon's r = "
+                    "{lexicon:.2f}".format(**facts["people"])
+                )
+            if "tokens" in facts:
+                found.append(f"{facts['tokens']} tokens")
+            cells = [name, f"{facts['seconds']:.0f}", f"{facts['peak_memory_gib']:.1f}"]
+            lines.append("| " + " | ".join([*cells, "; ".join(found)]) + " |")
+    return "\n".join(lines)
+
+
+def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Draw score, judge and KL against tokens, and score against KL."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from reward_models.atomic import atomic_file
+
+    def column(key: str) -> list[float]:
+        return [row.get(key, float("nan")) for row in rows]
+
+    tokens = column("time/total_timesteps")
+    kl = column("rollout/ref_kl")
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    panels = [
+        (tokens, column("rollout/score_mean"), "tokens", "score"),
+        (tokens, column("rollout/judge_mean"), "tokens", "judge (human scale)"),
+        (tokens, kl, "tokens", "KL to the warm start (nats per completion)"),
+        (kl, column("rollout/score_mean"), "KL (nats per completion)", "score"),
+    ]
+    for axis, (x, y, x_name, y_name) in zip(axes.flat, panels, strict=True):
+        axis.plot(x, y, marker=".", linewidth=1, color="#1f5fa8")
+        axis.set(xlabel=x_name, ylabel=y_name)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------ CLI
+
+STAGES: dict[str, tuple[Callable[..., None], type]] = {
+    "run": (run, Run),
+    "sft": (sft, SFT),
+    "reward": (reward, Reward),
+    "ppo": (ppo, PPO),
+    "evaluate": (evaluate, Evaluate),
+}
+
+
+def make_parser() -> "ArgumentParser":
+    """Build the command line from the settings: one subcommand per stage."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="train.py", description=(__doc__ or "").split("\n\n")[0])
+    subcommands = parser.add_subcommands(required=True, dest="stage")
+    for name, (function, settings) in STAGES.items():
+        command = ArgumentParser(description=function.__doc__)
+        command.add_argument("--config", action="config", help="A YAML file of settings.")
+        command.add_class_arguments(Common)
+        command.add_class_arguments(settings)
+        subcommands.add_subcommand(name, command, help=function.__doc__)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and do a stage; return the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments.insert(0, "run")
+    parser = make_parser()
+    parsed = parser.parse_args(arguments)
+    name, chosen = parsed.stage, parsed[parsed.stage]
+    function, settings_type = STAGES[name]
+    parts = parser.instantiate_classes(parsed)[name]
+    common = Common(**{f.name: parts[f.name] for f in fields(Common)})
+    settings = settings_type(**{f.name: parts[f.name] for f in fields(settings_type)})
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("reward_models").setLevel(logging.INFO)
+    try:
+        common.run = run_folder(common, name)
+        save_config(common, name, chosen)
+        function(common, settings)
+    except KeyboardInterrupt:
+        say("train.py: interrupted; what earlier stages left is in place")
+        return 130
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        if os.environ.get("RLHF_GYM_DEBUG"):
+            raise
+        message = " ".join(str(error).split())
+        print(f"train.py {name}: error: {message}", file=sys.stderr)
+        print("(RLHF_GYM_DEBUG=1 shows where)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_folder(common: Common, name: str) -> Path:
+    """Return the run folder, made new for `run` and needed by hand for a single stage."""
+    if common.run is None and name != "run":
+        raise ValueError(f"expected --run FOLDER, the run that stage {name} belongs to, got none")
+    folder = common.run or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save_config(common: Common, name: str, chosen: "Namespace") -> None:
+    """Write what was asked for beside the results, in the form that --config reads."""
+    import yaml
+    from jsonargparse import namespace_to_dict
+
+    values = namespace_to_dict(chosen)
+    values.pop("config", None)
+    values["run"] = None
+    file = folder_of(common) / ("config.yaml" if name == "run" else f"config-{name}.yaml")
+    plain = json.loads(json.dumps(values, default=str))
+    file.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

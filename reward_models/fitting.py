@@ -16,13 +16,14 @@ import logging
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch as th
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -169,13 +170,21 @@ class _FeedbackTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
         model.eval()  # no dropout: with it the held-out correlation is lower
-        with th.autocast(inputs["target"].device.type, th.bfloat16, enabled=self.autocast):
+        with self._precision(inputs["target"].device.type):
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         loss = feedback_loss(
             outputs.logits[:, 0].float(),
             *(inputs[name] for name in ("first", "second", "target", "is_rating")),
         )
         return (loss, outputs) if return_outputs else loss
+
+    def _precision(self, device_type: str) -> ExitStack:
+        stack = ExitStack()
+        if self.autocast:
+            stack.enter_context(th.autocast(device_type, th.bfloat16))
+            if device_type == "cpu":  # where fused attention is slow to differentiate in bfloat16
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        return stack
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SimilarLength:
         examples = self.train_dataset if train_dataset is None else train_dataset

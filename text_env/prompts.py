@@ -287,6 +287,33 @@ def load_prompts(source: str | Path | Iterable[Any]) -> list[Record]:
     return records
 
 
+def load_texts(path: str | Path) -> list[str]:
+    """Read whole texts, to learn the language from.
+
+    Args:
+        path: A `.txt` (one text per line), or a `.jsonl` or `.csv` whose lines have the key
+            `text`, or `prompt` and `completion`, which are joined.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: No text, or a malformed one (named by file and line).
+    """
+    texts = []
+    for place, item in _read_file(Path(path)):
+        if isinstance(item, Mapping) and "text" not in item and "completion" in item:
+            item = {"text": f"{item.get('prompt', '')}{item['completion']}"}
+        text = item.get("text") if isinstance(item, Mapping) else item
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f'{place}: expected a text, or the key "text", or "prompt" and "completion", '
+                f"got {shorten(str(item))}"
+            )
+        texts.append(text)
+    if not texts:
+        raise ValueError(f"expected at least one text, got none from the file {path}")
+    return texts
+
+
 def split_by_hash(texts: Iterable[str], fractions: Mapping[str, float]) -> dict[str, list[str]]:
     """Split texts into parts by a hash of each text, so that equal texts always fall into one part.
 

@@ -1,0 +1,89 @@
+"""Let a policy write: one whole episode per row, with its exact divergence from a reference."""
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.vec_env import VecEnv
+
+from agents.language_model import Reference, TokenModel
+from agents.masks import has_action_masks
+from agents.policy import CausalLMPolicy
+from agents.sequences import PAD, TokenBatch, pad_right
+
+
+def write_episodes(
+    policy: CausalLMPolicy,
+    env: VecEnv,
+    reference: Reference | None = None,
+    deterministic: bool = False,
+) -> list[dict[str, Any]]:
+    """Run every row of `env` through one episode.
+
+    Args:
+        policy: Who writes.
+        env: A text environment that holds rows at their end (`TextVecEnv(autoreset=False)`); in
+            one that goes on, the first episode of each row is taken.
+        reference: What the divergence is measured to.
+        deterministic: Take the likeliest token instead of sampling.
+
+    Returns:
+        The final `info` of each row, with `ref_kl` (nats, summed over the episode's states; None
+        without a reference): KL(π‖π_ref) over the whole vocabulary at each state, or, where the
+        choice is deterministic, −log π_ref of what was chosen.
+    """
+    obs = env.reset()
+    assert isinstance(obs, np.ndarray)
+    n_prompt = (obs != PAD).sum(axis=1)
+    ended: dict[int, dict[str, Any]] = {}
+    while len(ended) < env.num_envs:
+        masks = np.stack(env.env_method("action_masks")) if has_action_masks(env) else None
+        tokens, _ = policy.predict(obs, deterministic=deterministic, action_masks=masks)
+        obs, _, dones, infos = env.step(tokens)
+        for row in np.flatnonzero(dones):
+            ended.setdefault(int(row), infos[row])
+    episodes = [dict(ended[row]) for row in range(env.num_envs)]
+    ids = [_real(episode.pop("terminal_observation")) for episode in episodes]
+    divergence = _divergence(policy, reference, ids, n_prompt, deterministic)
+    for episode, ref_kl in zip(episodes, divergence, strict=True):
+        episode["ref_kl"] = ref_kl
+    policy.decoder.forget()
+    return episodes
+
+
+def _real(obs: np.ndarray) -> np.ndarray:
+    return obs[obs != PAD].astype(np.int64)
+
+
+@th.no_grad()
+def _divergence(
+    policy: TokenModel,
+    reference: Reference | None,
+    ids: list[np.ndarray],
+    n_prompt: np.ndarray,
+    deterministic: bool,
+    batch_size: int = 32,
+) -> list[float | None]:
+    """Sum the divergence over each episode's states, some sequences of like length at a time."""
+    found: list[float | None] = [None] * len(ids)
+    if reference is None:
+        return found
+    order = np.argsort([len(row) for row in ids], kind="stable")
+    for start in range(0, len(ids), batch_size):
+        part = order[start : start + batch_size]
+        counts = [len(ids[i]) - n_prompt[i] for i in part]
+        row = np.repeat(np.arange(len(part)), counts)
+        position = np.concatenate([np.arange(n_prompt[i] - 1, len(ids[i]) - 1) for i in part])
+        padded = pad_right([ids[i] for i in part])
+        device = policy.allowed_tokens.device
+        batch = TokenBatch(*(th.as_tensor(x, device=device) for x in (padded, row, position)))
+        if deterministic:
+            tokens = batch.ids[batch.row, batch.position + 1]
+            hidden = reference.hidden_at(batch)
+            per_token = -reference.token_statistics(batch, hidden, tokens).log_prob
+        else:
+            per_token = policy.exact_kl(batch, reference)
+        sums = np.bincount(row, weights=per_token.double().cpu().numpy(), minlength=len(part))
+        for i, value in zip(part, sums, strict=True):
+            found[i] = float(value)
+    return found

@@ -1,4 +1,4 @@
-"""The whole of rlhf-gym, composed: text environment, reward model, TokenPPO, one stage after another.
+"""The whole of rlhf-gym, composed: one stage after another, from texts to a better policy.
 
     python train.py                      the main job: all stages with their defaults
     python train.py STAGE --help         one stage alone: sft, reward, ppo, evaluate
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch as th
     from jsonargparse import ArgumentParser, Namespace
     from stable_baselines3.common.callbacks import BaseCallback
+    from transformers import PreTrainedTokenizerBase
 
     from reward_models import LearnedRewardModel
 
@@ -63,17 +64,17 @@ class SFT:
     """The causal LM to start from: a folder, a hub id, or smollm2 (SmolLM2-135M, fetched once)."""
     texts: Path | None = None
     """Texts to learn from, one per line (.txt), or with a key or column `text` (.jsonl, .csv)."""
-    max_tokens: int = 64
+    max_tokens: int = 48
     """Longer texts are cut there."""
     epochs: float = 1.0
     """Passes over the texts."""
-    max_steps: int | None = 60
+    max_steps: int | None = 100
     """Updates at most; None: as many as the epochs have."""
-    batch_size: int = 20
+    batch_size: int = 16
     """Texts per update."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     """Highest learning rate; it rises over the first tenth and falls linearly to 0."""
-    trainable_layers: int | None = 30
+    trainable_layers: int | None = 12
     """How many of the last transformer layers learn; None: all of the model and its embeddings."""
 
 
@@ -90,7 +91,7 @@ class Reward:
     is no judge."""
     held_out: float = 0.1
     """Share of the texts that the report is measured on."""
-    epochs: float = 3.0
+    epochs: float = 2.5
     """Passes over the feedback."""
     batch_size: int = 32
     """Records per update."""
@@ -108,9 +109,12 @@ class PPO:
     """A folder or hub id of a sequence classifier with one label. None: the run's."""
     prompts: Path | None = None
     """Training prompts (.txt, .jsonl, .csv). None: the run's."""
-    total_timesteps: int = 40_000
+    vocabulary: Path | None = None
+    """Texts (.txt, .jsonl, .csv) whose tokens are all that the policy may write with. None: the
+    run's language.jsonl, or, with own `prompts`, the whole vocabulary."""
+    total_timesteps: int = 14_000
     """Tokens to generate."""
-    n_envs: int = 32
+    n_envs: int = 64
     """Rows that write side by side."""
     n_steps: int = 32
     """Tokens per row between updates."""
@@ -118,15 +122,17 @@ class PPO:
     """Tokens per minibatch."""
     n_epochs: int = 2
     """Passes over each rollout."""
-    learning_rate: float = 3e-5
-    """At the start; it falls linearly to 0."""
-    trainable_layers: int | None = 8
+    learning_rate: float = 3e-4
+    """Highest learning rate; it rises over the first fifth and falls linearly to 0."""
+    trainable_layers: int | None = 6
     """How many of the last transformer layers learn; None: all of the model."""
     max_new_tokens: int = 32
     """Longest completion, tokens."""
+    min_new_tokens: int = 6
+    """Tokens before a completion may end."""
     temperature: float = 0.7
     """Divides the logits, in training and evaluation."""
-    kl_coef: float = 0.1
+    kl_coef: float = 0.02
     """Weight of the KL penalty at the start, score units per nat."""
     target_ref_kl: float | None = None
     """Adapt the weight so that the KL comes to this, nats per completion."""
@@ -134,8 +140,8 @@ class PPO:
     """Episodes over which an adaptive weight moves."""
     missing_eos_penalty: float = 1.0
     """Subtracted from the score of a completion that ran out of tokens."""
-    gae_lambda: float = 0.95
-    """λ of the advantage estimate."""
+    gae_lambda: float = 1.0
+    """λ of the advantage estimate; 1 leans on the score rather than on a value not yet learned."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
     max_grad_norm: float = 0.5
@@ -150,7 +156,7 @@ class Evaluate:
 
     prompts: Path | None = None
     """Test prompts. None: the run's."""
-    n_prompts: int = 200
+    n_prompts: int = 160
     """How many of them are used."""
     policy: str | None = None
     """The trained policy. None: the run's policy/."""
@@ -160,8 +166,12 @@ class Evaluate:
     """None: the run's reward_model/."""
     judge: str | None = None
     """None: the run's judge/, if there is one."""
+    vocabulary: Path | None = None
+    """As in ppo."""
     max_new_tokens: int = 32
     """Longest completion, tokens."""
+    min_new_tokens: int = 6
+    """Tokens before a completion may end."""
     temperature: float = 0.7
     """Divides the logits."""
     best_of: int = 4
@@ -195,7 +205,7 @@ def run(common: Common, settings: Run) -> None:
 
 def sft(common: Common, settings: SFT) -> None:
     """Warm-start a causal LM on texts; leaves the folder sft."""
-    from agents.language_model import load_lm
+    from agents.language_model import load_named
     from agents.saving import replaced_folder
     from agents.sft import warm_start
     from text_env.prompts import load_texts
@@ -204,7 +214,7 @@ def sft(common: Common, settings: SFT) -> None:
     with stage(common, "sft", makes=["sft"]) as facts:
         texts = load_texts(settings.texts or data(common) / "language.jsonl")
         model = named_model(settings.model)
-        tokenizer, lm = load_tokenizer(model), load_lm(model).to(device_of(common))
+        tokenizer, lm = load_tokenizer(model), load_named(model).to(device_of(common))
         report = warm_start(
             lm,
             tokenizer,
@@ -261,11 +271,7 @@ def reward(common: Common, settings: Reward) -> None:
             say(f"{name}: {agreement(facts[name])}")
         if settings.feedback is None:
             facts["people"] = human_agreement()
-            say(
-                "people: split halves r = {split_half:.2f}; a lexicon: r = {lexicon:.2f}".format(
-                    **facts["people"]
-                )
-            )
+            say(PEOPLE.format(**facts["people"]))
 
 
 def ppo(common: Common, settings: PPO) -> None:
@@ -294,12 +300,16 @@ def ppo(common: Common, settings: PPO) -> None:
             prompts=settings.prompts or data(common) / "prompts.jsonl",
             reward_fn=LearnedRewardModel.load(reward_model, device_of(common)),
             max_new_tokens=settings.max_new_tokens,
+            min_new_tokens=settings.min_new_tokens,
             missing_eos_penalty=settings.missing_eos_penalty,
+            allowed_token_ids=allowed_tokens(common, settings, tokenizer),
         )
         model = TokenPPO(
             "CausalLMPolicy",
             env,
-            learning_rate=lambda progress: settings.learning_rate * progress,
+            learning_rate=lambda progress: (
+                settings.learning_rate * min(progress, 5 * (1 - progress))
+            ),
             n_steps=settings.n_steps,
             batch_size=settings.batch_size,
             n_epochs=settings.n_epochs,
@@ -332,7 +342,9 @@ def ppo(common: Common, settings: PPO) -> None:
             callbacks.insert(0, judged_rollouts(judge))
         model.learn(settings.total_timesteps, callback=callbacks, progress_bar=True)
         model.logger.close()
+        rows = map(json.loads, read_lines(folder / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
+        facts["episodes"] = sum(row["rollout/episodes"] for row in rows)
 
 
 def evaluate(common: Common, settings: Evaluate) -> None:
@@ -341,6 +353,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
 
     from reward_models import LearnedRewardModel, LexiconSentiment
     from reward_models.assets import sentiment_lexicon
+    from reward_models.evaluation import mean_interval
     from text_env.prompts import load_prompts
 
     folder = folder_of(common)
@@ -355,8 +368,9 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         judge = settings.judge or str(folder / "judge")
         if settings.judge or (folder / "judge").exists():
             scorers["judge"] = LearnedRewardModel.load(judge, device_of(common)).human_scale
-        lexicon = LexiconSentiment(sentiment_lexicon())
-        scorers["lexicon"] = lambda p, c: np.asarray(lexicon(prompts=p, completions=c))
+        if settings.prompts is None:  # an English lexicon, for our own English prompts
+            lexicon = LexiconSentiment(sentiment_lexicon())
+            scorers["lexicon"] = lambda p, c: np.asarray(lexicon(prompts=p, completions=c))
         groups = write_all(common, settings, reference, policy, prompts[: settings.n_prompts])
         scores = {
             name: {key: score(*texts_of(group)) for key, score in scorers.items()}
@@ -373,7 +387,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
 
 # -------------------------------------------------------------------- data, folders, models
 
-SHARES = {"language": 0.35, "reward_model": 0.3, "judge": 0.3, "test": 0.05}
+SHARES = {"language": 0.31, "reward_model": 0.32, "judge": 0.32, "test": 0.05}
 """How the movie sentences are split."""
 PROMPT_WORDS = 4
 """Words of a sentence that are given as a prompt."""
@@ -513,7 +527,7 @@ def device_of(common: Common) -> "th.device":
 
 
 def dtype_of(common: Common) -> str:
-    """Return the dtype to compute the LM in: bfloat16 is several times faster where it is native."""
+    """Return the dtype to compute the LM in: bfloat16 where the hardware has it."""
     import torch as th
 
     if common.dtype != "auto":
@@ -549,6 +563,9 @@ def agreement(report: dict[str, Any]) -> str:
     return "; ".join(parts) + f" ({report['records']} records, {report['seconds']:.0f} s)"
 
 
+PEOPLE = "one half of the people with the other: r = {split_half:.2f}; a lexicon: r = {lexicon:.2f}"
+
+
 def human_agreement() -> dict[str, float]:
     """Return what frames the models' r: people against people, and a plain lexicon."""
     from reward_models import LexiconSentiment
@@ -565,8 +582,21 @@ def human_agreement() -> dict[str, float]:
     }
 
 
+def allowed_tokens(
+    common: Common, settings: PPO | Evaluate, tokenizer: "PreTrainedTokenizerBase"
+) -> list[int] | None:
+    """Return the ids of the tokens that occur in the texts that set the vocabulary."""
+    from text_env.prompts import load_texts
+
+    file = settings.vocabulary
+    if file is None and settings.prompts is not None:
+        return None
+    texts = load_texts(file or data(common) / "language.jsonl")
+    return sorted({token for ids in tokenizer(texts)["input_ids"] for token in ids})
+
+
 def judged_rollouts(judge: "LearnedRewardModel") -> "BaseCallback":
-    """Return a callback that logs the judge's mean of each rollout, on the human scale."""
+    """Return a callback that logs the judge's mean of a few episodes of each rollout."""
     from stable_baselines3.common.callbacks import BaseCallback
 
     class JudgedRollouts(BaseCallback):
@@ -576,7 +606,7 @@ def judged_rollouts(judge: "LearnedRewardModel") -> "BaseCallback":
         def _on_rollout_end(self) -> None:
             episodes = getattr(self.model, "finished_episodes", [])
             if episodes:
-                ratings = judge.human_scale(*texts_of(episodes))
+                ratings = judge.human_scale(*texts_of(episodes[:32]))
                 self.logger.record("rollout/judge_mean", float(ratings.mean()))
 
     return JudgedRollouts()
@@ -608,14 +638,17 @@ def write_all(
     from text_env.vocabulary import load_tokenizer
 
     reward_model = settings.reward_model or folder_of(common) / "reward_model"
+    tokenizer = load_tokenizer(policy)
     env = TextVecEnv(
         num_envs=len(prompts),
         autoreset=False,
-        tokenizer=load_tokenizer(policy),
+        tokenizer=tokenizer,
         prompts=prompts,
         shuffle=False,
         reward_fn=LearnedRewardModel.load(reward_model, device_of(common)),
         max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        allowed_token_ids=allowed_tokens(common, settings, tokenizer),
     )
 
     def writer(lm: str) -> CausalLMPolicy:
@@ -632,7 +665,7 @@ def write_all(
 
     def write(model: CausalLMPolicy, **options: Any) -> Episodes:
         bar.update()
-        env.set_options()
+        env.seed(common.seed)  # begins the prompts' order anew
         return write_episodes(model, env, frozen, **options)
 
     warm_start = writer(reference)
@@ -665,6 +698,7 @@ def measures(episodes: Episodes, scores: dict[str, "np.ndarray"]) -> dict[str, l
     import numpy as np
 
     from reward_models import distinct_n, repetition
+    from reward_models.evaluation import jackknife_interval, mean_interval
 
     _, texts = texts_of(episodes)
     found = {key: mean_interval(values) for key, values in scores.items()}
@@ -673,32 +707,8 @@ def measures(episodes: Episodes, scores: dict[str, "np.ndarray"]) -> dict[str, l
     found["ended"] = mean_interval(np.array([e["finish_reason"] != "length" for e in episodes]))
     found["repetition"] = mean_interval(np.array([repetition(text) for text in texts]))
     for n in (1, 2):
-        found[f"distinct-{n}"] = jackknife(lambda part, n=n: distinct_n(part, n), texts)
+        found[f"distinct-{n}"] = jackknife_interval(lambda part, n=n: distinct_n(part, n), texts)
     return found
-
-
-def mean_interval(values: "np.ndarray") -> list[float]:
-    """Return the mean of (n,) values and its 95 % interval by Student's t."""
-    import numpy as np
-    from scipy import stats
-
-    values = np.asarray(values, dtype=float)
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return [float(values.mean()), float(values.mean() - half), float(values.mean() + half)]
-
-
-def jackknife(statistic: Callable[[list[str]], float], texts: list[str]) -> list[float]:
-    """Return a statistic of a whole set of texts and its 95 % interval by the jackknife.
-
-    A bootstrap would draw texts twice and so find less that is distinct. Source: Efron and Stein
-    1981; each text is left out in turn.
-    """
-    import numpy as np
-
-    n, value = len(texts), statistic(texts)
-    without = np.array([statistic(texts[:i] + texts[i + 1 :]) for i in range(n)])
-    half = 1.96 * float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
-    return [float(value), value - half, value + half]
 
 
 MEASURES = {
@@ -810,29 +820,26 @@ def stages_table(folder: Path) -> str:
     """Say what each stage took and found, as Markdown."""
     lines = ["| stage | seconds | peak memory so far (GiB) | found |", "|---|---|---|---|"]
     for name in ("sft", "reward", "ppo"):
-        for line in read_lines(folder / "stages" / f"{name}.json")[:1]:
-            del line
-            facts = json.loads((folder / "stages" / f"{name}.json").read_text(encoding="utf-8"))
-            found = []
-            if "sft" in facts:
-                report = facts["sft"]
-                found.append(
-                    f"held-out loss {report['loss_before']:.2f} to {report['loss_after']:.2f} "
-                    "nats per token"
-                )
-            found += [
-                f"{m}: {agreement(facts[m])}" for m in ("reward_model", "judge") if m in facts
-            ]
-            if "people" in facts:
-                found.append(
-                    "people's split halves r = {split_half:.2f}, a lexicon's r = "
-                    "{lexicon:.2f}".format(**facts["people"])
-                )
-            if "tokens" in facts:
-                found.append(f"{facts['tokens']} tokens")
+        file = folder / "stages" / f"{name}.json"
+        if file.exists():
+            facts = json.loads(file.read_text(encoding="utf-8"))
             cells = [name, f"{facts['seconds']:.0f}", f"{facts['peak_memory_gib']:.1f}"]
-            lines.append("| " + " | ".join([*cells, "; ".join(found)]) + " |")
+            lines.append("| " + " | ".join([*cells, "; ".join(found_by(facts))]) + " |")
     return "\n".join(lines)
+
+
+def found_by(facts: dict[str, Any]) -> list[str]:
+    """Say in a few words what a stage wrote down."""
+    found = []
+    if "sft" in facts:
+        losses = "{loss_before:.2f} to {loss_after:.2f}".format(**facts["sft"])
+        found.append(f"held-out loss {losses} nats per token")
+    found += [f"{m}: {agreement(facts[m])}" for m in ("reward_model", "judge") if m in facts]
+    if "people" in facts:
+        found.append(PEOPLE.format(**facts["people"]))
+    if "tokens" in facts:
+        found.append(f"{facts['tokens']} tokens, {facts['episodes']} episodes")
+    return found
 
 
 def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -902,7 +909,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     name, chosen = parsed.stage, parsed[parsed.stage]
     function, settings_type = STAGES[name]
-    parts = parser.instantiate_classes(parsed)[name]
+    parts = parser.instantiate(parsed)[name]
     common = Common(**{f.name: parts[f.name] for f in fields(Common)})
     settings = settings_type(**{f.name: parts[f.name] for f in fields(settings_type)})
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -936,9 +943,8 @@ def run_folder(common: Common, name: str) -> Path:
 def save_config(common: Common, name: str, chosen: "Namespace") -> None:
     """Write what was asked for beside the results, in the form that --config reads."""
     import yaml
-    from jsonargparse import namespace_to_dict
 
-    values = namespace_to_dict(chosen)
+    values = chosen.clone().as_dict()
     values.pop("config", None)
     values["run"] = None
     file = folder_of(common) / ("config.yaml" if name == "run" else f"config-{name}.yaml")

@@ -101,6 +101,8 @@ class SavePretrainedCallback(BaseCallback):
         policy = self.model.policy
         if not isinstance(policy, CausalLMPolicy):
             raise TypeError(f"expected a CausalLMPolicy to save, got {type(policy).__name__}")
+        if policy.lm.generation_config is not None:  # what `generate` then samples from
+            policy.lm.generation_config.update(do_sample=True, temperature=policy.temperature)
         with replaced_folder(self.path) as folder:
             policy.lm.save_pretrained(folder)
             if self.tokenizer is not None:

@@ -114,12 +114,19 @@ class CachedDecoder:
         if self._dtype == th.float32 or not self._stale:
             return
         if self._copy is None:
-            self._copy = copy.deepcopy(self._source).requires_grad_(False)
-            for parameter in self._copy.parameters():
-                parameter.data = parameter.data.to(self._dtype)
+            # Told what each parameter's copy is, deepcopy makes none in full precision; what has
+            # the dtype already is shared.
+            small = {
+                id(p): p
+                if p.dtype == self._dtype
+                else th.nn.Parameter(p.detach().to(self._dtype), requires_grad=False)
+                for p in self._source.parameters()
+            }
+            self._copy = copy.deepcopy(self._source, small)
         else:
             for new, old in zip(self._source.parameters(), self._copy.parameters(), strict=True):
-                old.copy_(new)
+                if old is not new:
+                    old.copy_(new)
 
     def fits(self, ids: th.Tensor) -> bool:
         """Say whether the batch has the shape of the one that is held (or none is held)."""

@@ -1,20 +1,18 @@
 """From hidden states to tokens: log-probabilities, entropies and sampling at packed positions.
 
-Pure functions on tensors. Logits exist for a bounded number of tokens at a time: at a vocabulary
-of 49,152 those of one large minibatch would not fit in memory.
+Logits exist for a few rows at a time, small enough to stay in the processor's cache, and are
+computed again in the backward pass: at a vocabulary of 49,152 those of one large minibatch would
+fit neither there nor, with their gradients, in memory.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch as th
-from torch.utils.checkpoint import checkpoint
+from torch import nn
+from torch.autograd.function import once_differentiable
 
-LOGITS_AT_ONCE = 2**24
-"""Logits held at a time (64 MiB in float32)."""
-
-Head = Callable[[th.Tensor], th.Tensor]
-"""(N, H) hidden states to (N, V) float32 logits, with temperature and masks applied."""
+LOGITS_AT_ONCE = 2**22
+"""Logits held at a time (16 MiB in float32)."""
 
 
 class TokenStatistics(NamedTuple):
@@ -24,11 +22,75 @@ class TokenStatistics(NamedTuple):
     entropy: th.Tensor
 
 
-def mask_logits(logits: th.Tensor, allowed: th.Tensor | None) -> th.Tensor:
-    """Give tokens that are not `allowed` (bool, broadcastable) probability 0 exactly."""
-    if allowed is None:
-        return logits
-    return logits.masked_fill(~allowed, th.finfo(logits.dtype).min)
+class Head(NamedTuple):
+    """The map from hidden states to the logits of the allowed tokens, in compact places.
+
+    Attributes:
+        weight: (A, H), a row per token that is ever allowed.
+        bias: (A,), or None.
+        token_ids: (A,) int64, the token at each place.
+        place_of: (V,) int64, each token's place; -1 where it is never allowed.
+        temperature: Divides the logits.
+        masks: (M, A) bool, further masks, or None.
+        mask_id: (N,) int64, the row of `masks` that holds for each of N states, or None.
+        dtype: What gradients with respect to hidden states are multiplied in.
+    """
+
+    weight: th.Tensor
+    bias: th.Tensor | None
+    token_ids: th.Tensor
+    place_of: th.Tensor
+    temperature: float
+    masks: th.Tensor | None = None
+    mask_id: th.Tensor | None = None
+    dtype: th.dtype = th.float32
+
+    @classmethod
+    def of(cls, layer: nn.Module, allowed: th.Tensor, temperature: float) -> "Head":
+        """Make a head of an LM's output layer and the tokens ever allowed, (V,) bool."""
+        token_ids = allowed.nonzero()[:, 0]
+        place_of = th.where(allowed, allowed.cumsum(0) - 1, -1)
+        weight, bias = layer.weight, getattr(layer, "bias", None)
+        if len(token_ids) < len(weight):
+            weight = weight[token_ids]
+            bias = bias[token_ids] if bias is not None else None
+        return cls(weight, bias, token_ids, place_of, temperature)
+
+    def logits(self, hidden: th.Tensor, part: slice | None = None) -> th.Tensor:
+        """Map states to float32 logits, not differentiable.
+
+        Args:
+            hidden: (n, H).
+            part: Which of the N states these are, where each has a mask of its own.
+
+        Returns:
+            (n, A); a token that a mask forbids has the lowest number there is.
+        """
+        with th.no_grad():
+            logits = (hidden.to(self.weight.dtype) @ self.weight.T).float()
+            if self.bias is not None:
+                logits += self.bias
+            logits /= self.temperature
+            if self.masks is not None and self.mask_id is not None:
+                mask_logits_(logits, self.masks[self.mask_id[part]])
+            return logits
+
+    def places(self, tokens: th.Tensor) -> th.Tensor:
+        """Return the places of tokens, both (N,).
+
+        Raises:
+            ValueError: If a token is never allowed.
+        """
+        places = self.place_of[tokens]
+        if bool((places < 0).any()):
+            token = int(tokens[places < 0][0])
+            raise ValueError(f"expected tokens that the policy may choose, got {token}")
+        return places
+
+
+def mask_logits_(logits: th.Tensor, allowed: th.Tensor) -> th.Tensor:
+    """Give tokens that are not `allowed` (bool, broadcastable) probability 0 exactly, in place."""
+    return logits.masked_fill_(~allowed, th.finfo(logits.dtype).min)
 
 
 def sample(logits: th.Tensor) -> th.Tensor:
@@ -41,7 +103,7 @@ def sample(logits: th.Tensor) -> th.Tensor:
         logits: (n, V) float32.
 
     Returns:
-        (n,) int64.
+        (n,) int64, places.
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
@@ -50,69 +112,98 @@ def sample(logits: th.Tensor) -> th.Tensor:
     return th.searchsorted(cumulative, draw, right=True)[:, 0]
 
 
-def log_prob_of(logits: th.Tensor, tokens: th.Tensor) -> th.Tensor:
-    """Return the log-probability (nats) of one token per row: (n, V), (n,) to (n,)."""
-    return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)
+def log_prob_of(logits: th.Tensor, places: th.Tensor) -> th.Tensor:
+    """Return the log-probability (nats) of one place per row: (n, A), (n,) to (n,)."""
+    return logits.gather(1, places[:, None])[:, 0] - logits.logsumexp(dim=1)
 
 
-def token_statistics(
-    hidden: th.Tensor,
-    tokens: th.Tensor,
-    head: Callable[[th.Tensor, slice], th.Tensor],
-    vocab_size: int,
-    entropy_gradient: bool = True,
-) -> TokenStatistics:
-    """Compute log-probability and entropy of N tokens, a bounded number of logits at a time.
-
-    Where the tokens need more than one piece, the logits of a piece are computed again in the
-    backward pass rather than kept.
+def token_statistics(hidden: th.Tensor, tokens: th.Tensor, head: Head) -> TokenStatistics:
+    """Compute log-probability and entropy of N tokens, a few rows of logits at a time.
 
     Args:
         hidden: (N, H), the state of each token.
         tokens: (N,) int64.
-        head: Maps the hidden states of a slice of the N tokens to their logits, (n, V) float32.
-        vocab_size: V.
-        entropy_gradient: Whether the entropy can be differentiated; if it has no weight in the
-            loss, leaving it out saves a pass over the logits.
+        head: What maps the states to logits.
 
     Returns:
-        `TokenStatistics`, both (N,) float32.
+        `TokenStatistics`, both (N,) float32; differentiable in `hidden` and the head's weight.
+    """
+    places = head.places(tokens)
+    return TokenStatistics(*_Statistics.apply(hidden, head.weight, head.bias, places, head))
+
+
+class _Statistics(th.autograd.Function):
+    """Log p(a) and H = −Σ p·log p, with p = softmax(z), and their gradients.
+
+    ∂ log p(a) / ∂z = 1_a − p   and   ∂H / ∂z = −p·(log p + H).
     """
 
-    def piece(states: th.Tensor, place: slice) -> TokenStatistics:
-        logits = head(states, place)
-        total = logits.logsumexp(dim=1)
-        log_prob = logits.gather(1, tokens[place, None])[:, 0] - total
-        with th.set_grad_enabled(entropy_gradient and th.is_grad_enabled()):
-            log_probs = logits - total[:, None]
-            entropy = -(log_probs.exp() * log_probs).sum(dim=1)
-        return TokenStatistics(log_prob, entropy)
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: th.Tensor,
+        weight: th.Tensor,
+        bias: th.Tensor | None,
+        places: th.Tensor,
+        head: Head,
+    ) -> tuple[th.Tensor, th.Tensor]:
+        log_prob, entropy = hidden.new_empty(2, len(places), dtype=th.float32)
+        for part in pieces(len(places), len(head.weight)):
+            log_p = log_softmax_(head.logits(hidden[part], part))
+            log_prob[part] = log_p.gather(1, places[part, None])[:, 0]
+            entropy[part] = entropy_of(log_p)
+        ctx.save_for_backward(hidden, weight, bias, places, entropy)
+        ctx.head = head
+        return log_prob, entropy
 
-    places = pieces(len(tokens), vocab_size)
-    if len(places) == 1 or not th.is_grad_enabled():
-        done = [piece(hidden[place], place) for place in places]
-    else:
-        done = [checkpoint(piece, hidden[place], place, use_reentrant=False) for place in places]
-    return TokenStatistics(*(th.cat(parts) for parts in zip(*done, strict=True)))
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_log_prob: th.Tensor, d_entropy: th.Tensor) -> tuple:
+        hidden, weight, bias, places, entropy = ctx.saved_tensors
+        head: Head = ctx.head
+        d_hidden = th.zeros_like(hidden)
+        d_weight = th.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_bias = th.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        multiplier = weight.to(head.dtype)
+        for part in pieces(len(places), len(head.weight)):
+            log_p = log_softmax_(head.logits(hidden[part], part))
+            d_logits = -d_log_prob[part, None] * log_p.exp()
+            if bool(d_entropy[part].any()):
+                p_log_p = log_p.exp() * (log_p + entropy[part, None])
+                d_logits -= d_entropy[part, None] * p_log_p
+            d_logits.scatter_add_(1, places[part, None], d_log_prob[part, None])
+            d_logits /= head.temperature
+            d_hidden[part] = (d_logits.to(head.dtype) @ multiplier).to(hidden.dtype)
+            if d_weight is not None:
+                d_weight += d_logits.T @ hidden[part].to(weight.dtype)
+            if d_bias is not None:
+                d_bias += d_logits.sum(dim=0)
+        return d_hidden, d_weight, d_bias, None, None
 
 
-def exact_kl(
-    hidden: th.Tensor,
-    ref_hidden: th.Tensor,
-    head: Callable[[th.Tensor, slice], th.Tensor],
-    ref_head: Callable[[th.Tensor, slice], th.Tensor],
-    vocab_size: int,
-) -> th.Tensor:
+@th.no_grad()
+def exact_kl(hidden: th.Tensor, ref_hidden: th.Tensor, head: Head, ref_head: Head) -> th.Tensor:
     """Sum p·(log p − log q) over the vocabulary at N states: (N, H) twice to (N,) nats."""
-    parts = []
-    for place in pieces(len(hidden), vocab_size):
-        log_p = head(hidden[place], place).log_softmax(dim=1)
-        log_q = ref_head(ref_hidden[place], place).log_softmax(dim=1)
-        parts.append((log_p.exp() * (log_p - log_q)).sum(dim=1))
-    return th.cat(parts)
+    kl = hidden.new_empty(len(hidden), dtype=th.float32)
+    for part in pieces(len(hidden), len(head.weight)):
+        log_p = log_softmax_(head.logits(hidden[part], part))
+        log_q = log_softmax_(ref_head.logits(ref_hidden[part], part))
+        kl[part] = (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    return kl
+
+
+def log_softmax_(logits: th.Tensor) -> th.Tensor:
+    """Normalise logits (n, V) to log-probabilities in place."""
+    logits -= logits.logsumexp(dim=1, keepdim=True)
+    return logits.clamp_(min=th.finfo(logits.dtype).min)
+
+
+def entropy_of(log_p: th.Tensor) -> th.Tensor:
+    """Return −Σ p·log p of each row of log-probabilities: (n, V) to (n,) nats."""
+    return -(log_p.exp() * log_p).sum(dim=1)
 
 
 def pieces(n_tokens: int, vocab_size: int) -> list[slice]:
     """Cut `n_tokens` into slices of at most `LOGITS_AT_ONCE` logits."""
     step = max(1, LOGITS_AT_ONCE // vocab_size)
-    return [slice(start, start + step) for start in range(0, max(n_tokens, 1), step)]
+    return [slice(start, start + step) for start in range(0, n_tokens, step)]

@@ -5,7 +5,6 @@ that are never allowed, and whole sequences in one forward pass. No values, no o
 """
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,9 +12,8 @@ import torch as th
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from agents.heads import TokenStatistics, exact_kl, mask_logits
-from agents.heads import token_statistics as statistics_of
-from agents.sequences import TokenBatch
+from agents.heads import Head, TokenStatistics, exact_kl, token_statistics
+from agents.sequences import TokenBatch, lengths, similar_lengths
 
 LM: TypeAlias = str | Path | PreTrainedModel | PreTrainedConfig
 """A folder, a hub id, a live model, or a config to build one from."""
@@ -31,7 +29,6 @@ class TokenModel(nn.Module):
         allowed_tokens: (V,) bool; the others have probability 0, always.
         dtype: What whole sequences are computed in: float32, or bfloat16 by autocast. Weights
             and log-probabilities are float32 either way.
-        entropy_gradient: Whether entropies are differentiated.
     """
 
     lm: PreTrainedModel
@@ -39,7 +36,6 @@ class TokenModel(nn.Module):
     temperature: float
     allowed_tokens: th.Tensor
     dtype: th.dtype = th.float32
-    entropy_gradient: bool = True
 
     @property
     def body(self) -> PreTrainedModel:
@@ -54,86 +50,94 @@ class TokenModel(nn.Module):
         )
 
     def hidden_at(self, batch: TokenBatch) -> th.Tensor:
-        """Run whole sequences; return the state of each trained token, (N, H)."""
-        # Right padding needs no attention mask under causal attention, and no position ids.
-        with self.autocast():
-            output = self.body(input_ids=batch.ids.clamp(min=0), use_cache=False)
-        return output.last_hidden_state[batch.row, batch.position]
+        """Run whole sequences, some of like length at a time; return each token's state, (N, H)."""
+        length, states, places = lengths(batch.ids), [], []
+        for rows in similar_lengths(length):
+            # Right padding needs no attention mask under causal attention, and no position ids.
+            ids = batch.ids[rows, : int(length[rows].max())].clamp(min=0)
+            with self.autocast():
+                hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
+            within = th.full_like(length, -1)
+            within[rows] = th.arange(len(rows), device=rows.device)
+            place = (within[batch.row] >= 0).nonzero()[:, 0]
+            states.append(hidden[within[batch.row[place]], batch.position[place]])
+            places.append(place)
+        return th.cat(states)[th.cat(places).argsort()]
 
     def token_statistics(
         self, batch: TokenBatch, hidden: th.Tensor, actions: th.Tensor
     ) -> TokenStatistics:
         """Return log-probability and entropy of the trained tokens, both (N,) in nats."""
-        return statistics_of(
-            hidden, actions, self.head_for(batch), self.vocab_size, self.entropy_gradient
-        )
+        return token_statistics(hidden, actions, self.head(batch))
 
-    @th.no_grad()
     def exact_kl(self, batch: TokenBatch, reference: "TokenModel") -> th.Tensor:
         """Sum π·(log π − log π_ref) over the vocabulary at the state of each token: (N,) nats."""
-        return exact_kl(
-            self.hidden_at(batch),
-            reference.hidden_at(batch),
-            self.head_for(batch),
-            reference.head_for(batch),
-            self.vocab_size,
-        )
+        with th.no_grad():
+            hidden, ref_hidden = self.hidden_at(batch), reference.hidden_at(batch)
+        return exact_kl(hidden, ref_hidden, self.head(batch), reference.head(batch))
 
-    def head_for(self, batch: TokenBatch) -> Callable[[th.Tensor, slice], th.Tensor]:
-        """Return the map from hidden states of a slice of the batch's tokens to their logits."""
-
-        def head(hidden: th.Tensor, place: slice) -> th.Tensor:
-            logits = self.logits(hidden)
-            if batch.masks is None or batch.mask_id is None:
-                return logits
-            return mask_logits(logits, batch.masks[batch.mask_id[place]])
-
-        return head
-
-    def logits(self, hidden: th.Tensor, lm: PreTrainedModel | None = None) -> th.Tensor:
-        """Map states (N, H) to float32 logits (N, V), with temperature and permanent mask.
+    def head(self, batch: TokenBatch | None = None, lm: PreTrainedModel | None = None) -> Head:
+        """Return the map from hidden states to logits.
 
         Args:
-            hidden: The states.
-            lm: Whose head to use; None: the model's own.
+            batch: Whose masks to apply; None: the permanent one only.
+            lm: Whose weights to use; None: the model's own. A bfloat16 logit of 16 is rounded to
+                1/8, so what is learned from needs a float32 head even where the body is not;
+                a decoder's copy, which only samples, has none.
         """
-        with self.autocast():
-            logits = (lm or self.lm).get_output_embeddings()(hidden)
-        return mask_logits(
-            logits[:, : self.vocab_size].float() / self.temperature, self.allowed_tokens
-        )
+        layer = (lm or self.lm).get_output_embeddings()
+        head = Head.of(layer, self.allowed_tokens, self.temperature)._replace(dtype=self.dtype)
+        if batch is None or batch.masks is None:
+            return head
+        return head._replace(masks=batch.masks[:, head.token_ids], mask_id=batch.mask_id)
 
 
 class Reference(TokenModel):
     """The frozen language model that the policy is held to."""
 
-    def __init__(self, lm: LM, policy: TokenModel) -> None:
-        """Load `lm`, to be compared with `policy` at its temperature and under its masks."""
+    def __init__(self, lm: PreTrainedModel, policy: TokenModel) -> None:
+        """Freeze `lm`, to be compared with `policy` at its temperature and under its masks."""
         super().__init__()
-        self.lm = load_lm(lm)
+        self.lm = lm
         self.vocab_size, self.temperature = policy.vocab_size, policy.temperature
         self.dtype = policy.dtype
         self.register_buffer("allowed_tokens", policy.allowed_tokens)
-        check_fit(self.lm, self.vocab_size)
         self.requires_grad_(False).eval()
+        round_frozen(self.lm, self.dtype)
 
 
-def load_lm(lm: LM) -> PreTrainedModel:
+def load_lm(lm: LM, vocab_size: int) -> PreTrainedModel:
     """Load a causal LM in float32 from a folder or hub id, or take one that is live.
+
+    Args:
+        lm: What to load.
+        vocab_size: Tokens that it must know.
+
+    Raises:
+        ValueError: If nothing of that name can be loaded, or if it does not fit.
+    """
+    if isinstance(lm, PreTrainedModel):
+        loaded = lm
+    elif isinstance(lm, PreTrainedConfig):
+        loaded = AutoModelForCausalLM.from_config(lm)
+    else:
+        loaded = load_named(str(lm))
+    check_fit(loaded, vocab_size)
+    return loaded
+
+
+def load_named(lm: str) -> PreTrainedModel:
+    """Load a causal LM in float32 from a folder or hub id.
 
     Raises:
         ValueError: If nothing of that name can be loaded.
     """
-    if isinstance(lm, PreTrainedModel):
-        return lm
-    if isinstance(lm, PreTrainedConfig):
-        return AutoModelForCausalLM.from_config(lm)
     try:
-        return AutoModelForCausalLM.from_pretrained(str(lm), dtype=th.float32)
+        return AutoModelForCausalLM.from_pretrained(lm, dtype=th.float32)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"expected the folder or hub id of a causal LM, got {str(lm)!r}: {reason}"
+            f"expected the folder or hub id of a causal LM, got {lm!r}: {reason}"
         ) from error
 
 
@@ -184,3 +188,15 @@ def freeze_below(lm: PreTrainedModel, trainable_layers: int | None) -> None:
     # What stands behind the stack of layers works on its output: the final norm.
     for part in [*parts[place][n_layers - trainable_layers :], *parts[place + 1 :]]:
         part.requires_grad_(True)
+
+
+def round_frozen(lm: PreTrainedModel, dtype: th.dtype) -> None:
+    """Keep the matrices that do not learn in the dtype they are computed in.
+
+    Autocast would round them anew at every forward pass. Embeddings (and so the head) and norms
+    stay as they are.
+    """
+    embeddings = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}
+    for parameter in lm.parameters():
+        if not parameter.requires_grad and parameter.ndim > 1 and id(parameter) not in embeddings:
+            parameter.data = parameter.data.to(dtype)

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from agents.decoder import CachedDecoder
-from agents.heads import log_prob_of, mask_logits, sample
-from agents.language_model import LM, TokenModel, check_fit, freeze_below, load_lm
+from agents.heads import log_prob_of, mask_logits_, sample
+from agents.language_model import LM, TokenModel, freeze_below, load_lm, round_frozen
 from agents.masks import ActionMasks
 from agents.sequences import PAD, TokenBatch, one_state_per_row
 
@@ -62,8 +62,8 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
                 and the value head; the rest, embeddings included, stays as it is. None: all of
                 the model learns.
             dtype: "float32", or "bfloat16": the model is computed in bfloat16 (several times
-                faster where the hardware has it), while weights, log-probabilities and values
-                stay float32.
+                faster where the hardware has it), and the matrices that do not learn are kept in
+                it. What learns, the head, log-probabilities and values stay float32.
             optimizer_class: As in SB3.
             optimizer_kwargs: Its arguments. AdamW's default is no weight decay, eps 1e-5, fused.
             use_sde: For SB3's call; only False makes sense for tokens.
@@ -88,8 +88,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         self.vocab_size = vocab_size_of(observation_space, action_space)
         self.temperature = temperature
         self.trainable_layers = trainable_layers
-        self.lm = load_lm(lm)
-        check_fit(self.lm, self.vocab_size)
+        self.lm = load_lm(lm, self.vocab_size)
         freeze_below(self.lm, trainable_layers)
         self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
@@ -97,6 +96,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         allowed = th.ones(self.vocab_size, dtype=th.bool)
         self.register_buffer("allowed_tokens", allowed, persistent=False)
         self.action_masks: ActionMasks | None = None
+        round_frozen(self.lm, getattr(th, dtype))
         self.dtype, self.ratio_tolerance = getattr(th, dtype), RATIO_TOLERANCE[dtype]
         self.decoder = CachedDecoder(self.lm, self.dtype)
         self._weights_seen = -1
@@ -129,13 +129,14 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             Tokens (n,) int64, values (n, 1) and log-probabilities (n,) in nats.
         """
         hidden, lm = self._last_hidden(obs)
-        logits = self.logits(hidden, lm)
+        head = self.head(lm=lm)
+        logits = head.logits(hidden)
         if self.action_masks is not None:
-            logits = mask_logits(logits, self.action_masks.ask())
-        tokens = logits.argmax(dim=1) if deterministic else sample(logits)
+            mask_logits_(logits, self.action_masks.ask()[:, head.token_ids])
+        places = logits.argmax(dim=1) if deterministic else sample(logits)
         acting = obs[:, 0] != PAD
-        values, log_prob = self._values(hidden), log_prob_of(logits, tokens)
-        return tokens, values * acting[:, None], log_prob * acting
+        values, log_prob = self._values(hidden), log_prob_of(logits, places)
+        return head.token_ids[places], values * acting[:, None], log_prob * acting
 
     def _predict(
         self,
@@ -144,11 +145,13 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         action_masks: np.ndarray | None = None,
     ) -> th.Tensor:
         """Choose the next token (n,) of each row, without a value."""
-        logits = self.logits(*self._last_hidden(observation))
+        hidden, lm = self._last_hidden(observation)
+        head = self.head(lm=lm)
+        logits = head.logits(hidden)
         if action_masks is not None:
             allowed = th.as_tensor(action_masks, dtype=th.bool, device=logits.device)
-            logits = mask_logits(logits, allowed.reshape(-1, self.vocab_size))
-        return logits.argmax(dim=1) if deterministic else sample(logits)
+            mask_logits_(logits, allowed.reshape(-1, self.vocab_size)[:, head.token_ids])
+        return head.token_ids[logits.argmax(dim=1) if deterministic else sample(logits)]
 
     def predict(
         self,
@@ -184,8 +187,13 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         return self._values(self._last_hidden(obs)[0]) * (obs[:, :1] != PAD)
 
     def get_distribution(self, obs: th.Tensor) -> CategoricalDistribution:
-        """Return SB3's distribution over the next token of each row."""
-        logits = self.logits(*self._last_hidden(obs))
+        """Return SB3's distribution over the next token of each row, not differentiable."""
+        hidden, lm = self._last_hidden(obs)
+        head = self.head(lm=lm)
+        logits = hidden.new_full(
+            (len(hidden), self.vocab_size), th.finfo(th.float32).min, dtype=th.float32
+        )
+        logits[:, head.token_ids] = head.logits(hidden)
         distribution = CategoricalDistribution(self.vocab_size)
         return distribution.proba_distribution(action_logits=logits)
 

@@ -71,6 +71,24 @@ def token_minibatches(order: np.ndarray, n_tokens: np.ndarray, batch_size: int) 
     return [part for part in parts if len(part)]
 
 
+def similar_lengths(length: th.Tensor, least: int = 256) -> list[th.Tensor]:
+    """Group rows so that little padding is computed, and each group is worth a forward pass.
+
+    Args:
+        length: (B,) int64, tokens per row.
+        least: Tokens that a group has at least, if there are so many.
+
+    Returns:
+        Row numbers, each (b,) int64, each row in exactly one group, shortest rows first.
+    """
+    order = length.argsort(stable=True)
+    filled = length[order].cumsum(0)
+    n_groups = max(1, int(filled[-1]) // least)
+    edges = filled[-1] * th.arange(1, n_groups, device=length.device) // n_groups
+    cuts = th.searchsorted(filled, edges).unique().tolist()
+    return [rows for rows in order.tensor_split(cuts) if len(rows)]
+
+
 def one_state_per_row(ids: th.Tensor) -> TokenBatch:
     """Make a batch of observations (N, L) in which each row's next token is evaluated."""
     length = lengths(ids)

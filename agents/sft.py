@@ -3,13 +3,14 @@
 Built on `transformers.Trainer`. What the texts are good for is not known here.
 """
 
-import contextlib
 import random
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
+import numpy as np
 import torch as th
 from transformers import (
     PreTrainedModel,
@@ -19,10 +20,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from agents.language_model import freeze_below
+from agents.heads import Head
+from agents.language_model import TokenModel, freeze_below
+from agents.sequences import TokenBatch, pad_right
 
-IGNORED = -100
-"""The label of a place that is not learned, in transformers."""
+
+class Row(TypedDict):
+    """A text as the Trainer's samplers know it."""
+
+    input_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,7 @@ def warm_start(
     """Train `lm` in place on whole texts, each ended by EOS.
 
     AdamW with a linear warm-up over the first tenth and a linear decay to 0; batches of texts of
-    similar length, so that little padding is computed, and none of it learned: where the
-    padding token is EOS too, the EOS that ends a text still is.
+    similar length; dropout as the model has it.
 
     Args:
         lm: A causal LM.
@@ -93,15 +98,16 @@ def warm_start(
     if len(texts) < 2:
         raise ValueError(f"expected at least two texts to learn from, got {len(texts)}")
     ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(list(texts))["input_ids"]]
-    rows = [{"input_ids": row[:max_tokens]} for row in ids]
+    rows: list[Row] = [{"input_ids": row[:max_tokens]} for row in ids if len(row) > 1]
     random.Random(seed).shuffle(rows)
     n_held_out = max(1, min(held_out, len(rows) // 10))
     train, test = rows[n_held_out:], rows[:n_held_out]
     freeze_below(lm, trainable_layers)
-    before = held_out_loss(lm, test, dtype)
+    learner = _Learner(lm, dtype)
+    before = learner.loss(test)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = _TextTrainer(
             model=lm,
             args=TrainingArguments(
                 output_dir=folder,
@@ -114,7 +120,6 @@ def warm_start(
                 warmup_steps=0.1,
                 adam_beta2=0.95,
                 optim="adamw_torch_fused",
-                bf16=dtype == "bfloat16",
                 use_cpu=lm.device.type == "cpu",
                 dataloader_pin_memory=lm.device.type == "cuda",
                 remove_unused_columns=False,
@@ -125,8 +130,9 @@ def warm_start(
                 seed=seed,
             ),
             train_dataset=train,  # type: ignore[arg-type]
-            data_collator=collate,
+            data_collator=whole_texts,
         )
+        trainer.learner = learner
         trainer.remove_callback(PrinterCallback)
         result = trainer.train()
     lm.requires_grad_(True)
@@ -137,40 +143,63 @@ def warm_start(
         steps=result.global_step,
         seconds=time.perf_counter() - start,
         loss_before=before,
-        loss_after=held_out_loss(lm, test, dtype),
+        loss_after=learner.loss(test),
     )
 
 
-def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, th.Tensor]:
-    """Right-pad texts to (B, L) ids, with labels that leave the padding out."""
-    width = max(len(row["input_ids"]) for row in rows)
-    ids = th.zeros(len(rows), width, dtype=th.long)
-    labels = th.full_like(ids, IGNORED)
-    for i, row in enumerate(rows):
-        ids[i, : len(row["input_ids"])] = labels[i, : len(row["input_ids"])] = th.tensor(
-            row["input_ids"]
-        )
-    # Right padding is never looked at under causal attention: no attention mask is needed.
-    return {"input_ids": ids, "labels": labels}
+class _TextTrainer(Trainer):
+    """A Trainer whose loss is that of the policy: bounded logits, float32 log-probabilities."""
+
+    learner: "_Learner"
+
+    def compute_loss(
+        self, model: th.nn.Module, inputs: TokenBatch, *args: Any, **kwargs: Any
+    ) -> th.Tensor:
+        return -self.learner.log_probs(inputs).mean()
+
+    def _prepare_inputs(self, inputs: TokenBatch) -> TokenBatch:
+        return TokenBatch(*(x.to(self.learner.lm.device) for x in inputs[:3]))
 
 
-@th.no_grad()
-def held_out_loss(
-    lm: PreTrainedModel, rows: Sequence[dict[str, list[int]]], dtype: str = "float32"
-) -> float:
-    """Return the mean negative log-likelihood of texts, nats per token."""
-    lm.eval()
-    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    precision = (
-        th.autocast(lm.device.type, dtype=th.bfloat16)
-        if dtype == "bfloat16"
-        else contextlib.nullcontext()
-    )
-    total, n_tokens = 0.0, 0
-    with precision:
-        for start in range(0, len(rows), 16):
-            batch = collate(rows[start : start + 16])
-            predicted = int((batch["labels"][:, 1:] != IGNORED).sum())
-            loss = lm(**{k: v.to(lm.device) for k, v in batch.items()}).loss
-            total, n_tokens = total + float(loss) * predicted, n_tokens + predicted
-    return total / max(n_tokens, 1)
+class _Learner(TokenModel):
+    """The language model as a distribution over the next token of whole texts."""
+
+    def __init__(self, lm: PreTrainedModel, dtype: str) -> None:
+        super().__init__()
+        self.lm, self.dtype = lm, getattr(th, dtype)
+        self.vocab_size, self.temperature = lm.get_output_embeddings().weight.shape[0], 1.0
+        self.allowed_tokens = th.ones(self.vocab_size, dtype=th.bool, device=lm.device)
+
+    def head(self, *args: Any, **kwargs: Any) -> Head:
+        """Return a head in the body's dtype: a mean over texts needs no finer one."""
+        head = super().head(*args, **kwargs)
+        return head._replace(weight=head.weight.to(self.dtype))
+
+    def log_probs(self, batch: TokenBatch) -> th.Tensor:
+        """Return the log-probabilities (nats) of every token but each text's first: (N,)."""
+        tokens = batch.ids[batch.row, batch.position + 1]
+        return self.token_statistics(batch, self.hidden_at(batch), tokens).log_prob
+
+    @th.no_grad()
+    def loss(self, rows: Sequence[Row], batch_size: int = 16) -> float:
+        """Return the mean negative log-likelihood of texts, nats per token."""
+        self.lm.eval()
+        rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+        starts = range(0, len(rows), batch_size)
+        batches = (whole_texts(rows[start : start + batch_size]) for start in starts)
+        found = [
+            self.log_probs(TokenBatch(*(x.to(self.lm.device) for x in b[:3]))) for b in batches
+        ]
+        return -float(th.cat(found).mean())
+
+
+def whole_texts(rows: Sequence[Row]) -> TokenBatch:
+    """Make a batch of texts, in which every token but a text's first is learned.
+
+    Padding is neither looked at, under causal attention, nor learned; so where the padding token
+    is EOS too, the EOS that ends a text still is.
+    """
+    ids = [np.array(row["input_ids"]) for row in rows]
+    row = np.repeat(np.arange(len(ids)), [len(x) - 1 for x in ids])
+    position = np.concatenate([np.arange(len(x) - 1) for x in ids])
+    return TokenBatch(*(th.from_numpy(x) for x in (pad_right(ids), row, position)))

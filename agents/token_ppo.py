@@ -17,13 +17,11 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.buffer import TokenRolloutBuffer
+from agents.heads import exact_kl
 from agents.kl import KLController, kl_estimates
-from agents.language_model import LM, Reference, TokenModel, frozen_copy
+from agents.language_model import LM, Reference, frozen_copy, load_lm
 from agents.masks import ActionMasks, has_action_masks
 from agents.policy import CausalLMPolicy
-
-EXACT_KL_TOKENS = 256
-"""States per rollout at which the KL is also summed over the whole vocabulary, for the log."""
 
 
 class TokenPPO(PPO):
@@ -171,12 +169,14 @@ class TokenPPO(PPO):
         """Build buffer and policy as SB3 does, then the reference."""
         super()._setup_model()
         self.rollout_buffer.before_advantages = self._finish_rollout
-        self.policy.entropy_gradient = self.ent_coef != 0
         if self.env is not None and self.env.has_attr("allowed_tokens"):
             allowed = th.from_numpy(np.array(self.env.get_attr("allowed_tokens")[0], dtype=bool))
             self.policy.allowed_tokens.copy_(allowed)
         if self.kl.coef > 0 or self.ref_lm is not None:
-            lm = frozen_copy(self.policy.lm) if self.ref_lm is None else self.ref_lm
+            if self.ref_lm is None:
+                lm = frozen_copy(self.policy.lm)
+            else:
+                lm = load_lm(self.ref_lm, self.policy.vocab_size)
             self.reference = Reference(lm, self.policy).to(self.device)
         if isinstance(self.policy_kwargs["lm"], th.nn.Module):
             # A live model would be pickled into SB3's zip beside its own weights.
@@ -231,20 +231,17 @@ class TokenPPO(PPO):
     def _finish_rollout(self) -> None:
         """Subtract the KL penalty from the rollout's rewards, and log what the rollout shows."""
         self._log_episodes()
-        buffer = self.rollout_buffer
-        if self.policy.dtype != th.float32:
-            # The decoder's rounding differs from that of whole sequences: what the update starts
-            # from must be computed as the update computes it.
-            buffer.log_probs = self._log_probs(self.policy)
+        ref_log_probs, exact = self._second_look()
         if self.reference is None:
             return
-        log_ratio = buffer.log_probs - self._log_probs(self.reference)
+        buffer = self.rollout_buffer
+        log_ratio = buffer.log_probs - ref_log_probs
         buffer.rewards -= self.kl.coef * log_ratio
         self._sum_per_episode(log_ratio)
-        per_token = {k: v.sum() / buffer.n_tokens for k, v in kl_estimates(log_ratio).items()}
-        for name, value in per_token.items():
-            self.logger.record(f"rollout/ref_kl_per_token_{name}", float(value))
-        self.logger.record("rollout/ref_kl_per_token_exact", self._exact_kl())
+        for name, value in kl_estimates(log_ratio).items():
+            per_token = float(value.sum()) / buffer.n_tokens
+            self.logger.record(f"rollout/ref_kl_per_token_{name}", per_token)
+        self.logger.record("rollout/ref_kl_per_token_exact", exact)
         self.logger.record("train/kl_coef", self.kl.coef)
         if self.finished_episodes:
             ref_kl = float(np.mean([episode["ref_kl"] for episode in self.finished_episodes]))
@@ -252,22 +249,36 @@ class TokenPPO(PPO):
             self.kl.update(ref_kl, len(self.finished_episodes))
 
     @th.no_grad()
-    def _log_probs(self, model: TokenModel) -> np.ndarray:
-        """Return a model's log-probabilities of the rollout's tokens: (T, n_envs) nats."""
-        buffer = self.rollout_buffer
-        log_probs = np.zeros_like(buffer.log_probs)
-        for batch, index in buffer.batches(buffer.by_length(), self.batch_size):
-            actions = buffer.to_torch(buffer.actions[tuple(index)]).long()
-            found = model.token_statistics(batch, model.hidden_at(batch), actions)
-            log_probs[tuple(index)] = found.log_prob.cpu().numpy()
-        return log_probs
+    def _second_look(self) -> tuple[np.ndarray, float]:
+        """Run the rollout's sequences through the reference, and the policy where it is needed.
 
-    def _exact_kl(self) -> float:
-        """Return the mean KL per token (nats), summed over the vocabulary, on some sequences."""
-        assert self.reference is not None
-        order = np.arange(len(self.rollout_buffer.segments))
-        batch, _ = next(self.rollout_buffer.batches(order, EXACT_KL_TOKENS))
-        return float(self.policy.exact_kl(batch, self.reference).mean())
+        In bfloat16 the decoder's rounding differs from that of whole sequences, so the policy's
+        log-probabilities are computed anew, as the update will compute them, and replaced.
+
+        Returns:
+            The reference's log-probabilities, (T, n_envs) nats, and the mean exact KL per token:
+            over the whole rollout in bfloat16, over its shortest sequences else.
+        """
+        policy, reference, buffer = self.policy, self.reference, self.rollout_buffer
+        rounded = policy.dtype != th.float32
+        ref_log_probs, exact = np.zeros_like(buffer.log_probs), []
+        if reference is None and not rounded:
+            return ref_log_probs, 0.0
+        for batch, index in buffer.batches(buffer.by_length(), self.batch_size):
+            at = tuple(index)
+            actions = buffer.to_torch(buffer.actions[at]).long()
+            hidden = policy.hidden_at(batch) if rounded or not exact else None
+            if rounded and hidden is not None:
+                found = policy.token_statistics(batch, hidden, actions)
+                buffer.log_probs[at] = found.log_prob.cpu().numpy()
+            if reference is not None:
+                ref_hidden = reference.hidden_at(batch)
+                found = reference.token_statistics(batch, ref_hidden, actions)
+                ref_log_probs[at] = found.log_prob.cpu().numpy()
+                if hidden is not None:
+                    heads = policy.head(batch), reference.head(batch)
+                    exact.append(exact_kl(hidden, ref_hidden, *heads))
+        return ref_log_probs, float(th.cat(exact).mean()) if exact else 0.0
 
     def _sum_per_episode(self, log_ratio: np.ndarray) -> None:
         """Give each finished episode its `ref_kl`, with what earlier rollouts saw of it."""

@@ -10,8 +10,8 @@ from gymnasium import spaces
 
 from agents import CausalLMPolicy
 from agents.decoder import CachedDecoder
-from agents.heads import sample, token_statistics
-from agents.sequences import one_state_per_row
+from agents.heads import Head, sample, token_statistics
+from agents.sequences import TokenBatch, one_state_per_row, similar_lengths
 
 V, L = 40, 24
 
@@ -173,23 +173,60 @@ def test_sampling_follows_the_probabilities_and_never_draws_a_masked_token() -> 
     th.testing.assert_close(share, probabilities, atol=0.01, rtol=0)  # 4 SD = 0.01
 
 
-def test_statistics_in_pieces_equal_those_in_one(monkeypatch) -> None:
+@pytest.mark.parametrize("per_piece", [7, 50])
+def test_statistics_and_their_gradients_equal_autograds(monkeypatch, per_piece: int) -> None:
     th.manual_seed(0)
-    hidden = th.randn(50, 8, requires_grad=True)
-    weight, tokens = th.randn(8, 30), th.randint(0, 30, (50,))
+    hidden, weight, bias = th.randn(50, 8), th.randn(33, 8), th.randn(33)
+    tokens, mask_id = th.randint(0, 10, (50,)), th.randint(0, 2, (50,))
+    allowed, masks = th.ones(30, dtype=th.bool), th.ones(2, 30, dtype=th.bool)
+    allowed[20:25], masks[1, 10:15] = False, False
+    monkeypatch.setattr("agents.heads.LOGITS_AT_ONCE", 25 * per_piece)
+    layer = th.nn.Linear(8, 33)
+    layer.weight, layer.bias = th.nn.Parameter(weight), th.nn.Parameter(bias)
+    inputs = [hidden.requires_grad_(), layer.weight, layer.bias]
+    weight, bias = layer.weight, layer.bias
+    head = Head.of(layer, allowed, 0.7)
+    head = head._replace(masks=masks[:, head.token_ids], mask_id=mask_id)
+    found = token_statistics(hidden, tokens, head)
 
-    def both() -> tuple[th.Tensor, ...]:
-        found = token_statistics(hidden, tokens, lambda h, _: h @ weight, 30)
-        (grad,) = th.autograd.grad(found.log_prob.sum() + found.entropy.sum(), hidden)
-        return (*found, grad)
-
-    whole = both()
-    monkeypatch.setattr("agents.heads.LOGITS_AT_ONCE", 30 * 7)
-    for a, b in zip(whole, both(), strict=True):
+    logits = (hidden @ weight.T + bias)[:, :30] / 0.7
+    logits = logits.masked_fill(~(allowed & masks[mask_id]), -1e9)
+    distribution = th.distributions.Categorical(logits=logits)
+    expected = (distribution.log_prob(tokens), distribution.entropy())
+    factors = th.randn(2, 50)
+    for a, b in zip(found, expected, strict=True):
         th.testing.assert_close(a, b)
-    distribution = th.distributions.Categorical(logits=hidden @ weight)
-    th.testing.assert_close(whole[0], distribution.log_prob(tokens))
-    th.testing.assert_close(whole[1], distribution.entropy())
+    for a, b in zip(
+        th.autograd.grad((factors * th.stack(found)).sum(), inputs),
+        th.autograd.grad((factors * th.stack(expected)).sum(), inputs),
+        strict=True,
+    ):
+        th.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("least", [1, 40, 10_000])
+def test_whole_sequences_give_each_tokens_state(make_lm, monkeypatch, least: int) -> None:
+    policy, ids = make_policy(make_lm(V)), Rows(9, longest_prompt=L).tensor()
+    monkeypatch.setattr(
+        "agents.language_model.similar_lengths", lambda length: similar_lengths(length, least)
+    )
+    row, position = (ids >= 0).nonzero(as_tuple=True)
+    shuffled = th.randperm(len(row))
+    batch = TokenBatch(ids, row[shuffled], position[shuffled])
+    with th.no_grad():
+        found = policy.hidden_at(batch)
+        for state, r, c in zip(found, batch.row, batch.position, strict=True):
+            alone = policy.body(input_ids=ids[r, : c + 1][None]).last_hidden_state[0, -1]
+            th.testing.assert_close(state, alone, atol=1e-5, rtol=0)
+
+
+def test_similar_lengths_take_each_row_once_and_pad_little() -> None:
+    length = th.randint(1, 60, (200,))
+    groups = similar_lengths(length, 256)
+    assert th.cat(groups).sort().values.tolist() == list(range(200))
+    assert len(groups) > 10 and min(int(length[g].sum()) for g in groups) > 128
+    padded = sum(len(g) * int(length[g].max()) for g in groups)
+    assert padded < 1.15 * int(length.sum())
 
 
 def test_observations_as_floats_hold_the_same_ids(make_lm) -> None:

@@ -203,7 +203,7 @@ def test_an_episode_cut_by_the_rollout_goes_on_and_its_ref_kl_is_whole() -> None
 
     def keep(model) -> None:
         buffer = model.rollout_buffer
-        per_token.append(buffer.log_probs - model._log_probs(model.reference))
+        per_token.append(buffer.log_probs - model._second_look()[0])
         episodes.extend(model.finished_episodes)
 
     model.learn(2 * 12, callback=AtRolloutEnd(keep))
@@ -248,6 +248,26 @@ def test_a_reward_that_breaks_the_loss_changes_no_parameter() -> None:
         model.learn(64, callback=AtRolloutEnd(poison))
     for name, value in model.policy.state_dict().items():
         assert value.equal(before[name]), name
+
+
+def test_bfloat16_starts_the_update_from_what_it_will_compute() -> None:
+    errors = []
+
+    def compare(model) -> None:
+        batch = next(model.rollout_buffer.get(10_000))
+        model.rollout_buffer._first_minibatch = True
+        with th.no_grad():
+            _, log_prob, _ = model.policy.evaluate_actions(batch.observations, batch.actions)
+        errors.append(float((log_prob - batch.old_log_prob).abs().max()))
+
+    model = make_model(policy_kwargs={"dtype": "bfloat16", "trainable_layers": 1})
+    frozen = model.policy.lm.get_input_embeddings().weight.clone()
+    model.learn(128, callback=AtRolloutEnd(compare))
+    assert max(errors) < 0.05
+    assert model.policy.lm.get_input_embeddings().weight.equal(frozen)
+    assert all(p.dtype == th.float32 for p in model.policy.parameters())
+    shared = {p.data_ptr() for p in model.reference.parameters()}
+    assert model.policy.lm.get_input_embeddings().weight.data_ptr() in shared
 
 
 def test_minibatches_deal_each_token_once_in_whole_sequences() -> None:

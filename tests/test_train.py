@@ -1,0 +1,223 @@
+"""The command line: every stage on a user's own files and tiny local models, and its refusals."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+import train
+
+ROOT = Path(train.__file__).parent
+SENTENCES = [
+    f"{who} {what} a {how} {thing} that everyone will {end}."
+    for who in ("The director", "This young actor", "The old studio")
+    for what in ("made", "wrote")
+    for how in ("good", "bad", "wonderful", "boring")
+    for thing in ("film", "story")
+    for end in ("love", "forget")
+]
+GOOD = ("good", "wonderful", "love")
+
+
+def goodness(text: str) -> float:
+    return float(sum(word in text for word in GOOD))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory) -> Path:
+    """A user's folder: a language model, a reward backbone, texts, feedback and prompts."""
+    folder = tmp_path_factory.mktemp("own")
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<eos>", "<pad>", "[CLS]", "[SEP]"],
+        initial_alphabet=alphabet,
+    )
+    words.train_from_iterator(SENTENCES, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", model_max_length=64
+    )
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "lm")
+    tokenizer.save_pretrained(folder / "lm")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_labels=1,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    (folder / "texts.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
+    with (folder / "feedback.jsonl").open("w") as file:
+        for text in SENTENCES:
+            rating = {"rating": goodness(text), "scale": [0, 3]}
+            file.write(json.dumps({"prompt": "", "completion": text, **rating}) + "\n")
+    prompts = [" ".join(text.split()[:3]) for text in SENTENCES]
+    (folder / "prompts.txt").write_text("\n".join(prompts[:8]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(own, tmp_path_factory) -> Path:
+    """A run folder in which every stage has been done, one command each."""
+    run = tmp_path_factory.mktemp("run") / "a"
+    common = ["--run", str(run), "--device", "cpu", "--dtype", "float32"]
+    lines = [
+        f"sft --model {own}/lm --texts {own}/texts.txt --trainable_layers null --epochs 2 "
+        "--learning_rate 3e-3",
+        f"reward --model {own}/encoder --feedback {own}/feedback.jsonl "
+        f"--judge_feedback {own}/feedback.jsonl --epochs 2 --learning_rate 1e-3",
+        f"ppo --prompts {own}/prompts.txt --total_timesteps 512 --n_envs 8 --n_steps 16 "
+        "--batch_size 64 --trainable_layers null --learning_rate 1e-3 --max_new_tokens 12",
+        f"evaluate --prompts {own}/prompts.txt --max_new_tokens 12 --best_of 2",
+    ]
+    for line in lines:
+        assert train.main([*line.split(), *common]) == 0, line
+    return run
+
+
+def test_the_run_folder_holds_what_the_readme_says(finished, capsys) -> None:
+    for name in ("sft", "policy"):
+        AutoModelForCausalLM.from_pretrained(finished / name)
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "sft", "reward_model", "judge", "policy", "metrics.jsonl", "samples.jsonl", "tensorboard",
+        "evaluation.json", "report.md", "curves.png", "stages", "config-ppo.yaml",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").open()]
+    assert len(rows) == 4
+    assert {"rollout/score_mean", "rollout/judge_mean", "rollout/ref_kl"} <= set(rows[-1])
+    report = (finished / "report.md").read_text()
+    assert "distinct-2" in report and "The director made" in report
+    assert (finished / "curves.png").stat().st_size > 10_000
+    found = json.loads((finished / "evaluation.json").read_text())
+    assert set(found["measures"]) == {"warm start", "policy", "warm start, greedy", "best of 2"}
+    assert found["measures"]["warm start"]["ref_kl"][0] == pytest.approx(0, abs=1e-5)
+    assert found["measures"]["policy"]["ref_kl"][0] > 0
+
+
+def test_a_stage_never_replaces_results_unasked(finished, own, capsys) -> None:
+    line = f"evaluate --run {finished} --prompts {own}/prompts.txt --max_new_tokens 4 --best_of 1"
+    before = (finished / "report.md").read_bytes()
+    assert train.main(line.split()) == 1
+    assert "exist already" in capsys.readouterr().err
+    assert (finished / "report.md").read_bytes() == before
+    assert train.main([*line.split(), "--overwrite", "true"]) == 0
+    assert (finished / "report.md").read_bytes() != before
+
+
+def test_a_saved_config_repeats_the_stage(finished, own, tmp_path) -> None:
+    again = tmp_path / "again"
+    for name in ("sft", "reward_model"):
+        (again / name).parent.mkdir(exist_ok=True)
+        (again / name).symlink_to(finished / name)
+    config = finished / "config-ppo.yaml"
+    assert yaml.safe_load(config.read_text())["n_envs"] == 8
+    assert train.main(["ppo", "--config", str(config), "--run", str(again)]) == 0
+    a, b = ((folder / "policy/model.safetensors").read_bytes() for folder in (finished, again))
+    assert a == b
+
+
+BAD = {
+    "unknown model": (
+        "sft --model no/such-model --texts {own}/texts.txt",
+        "'no/such-model'",
+    ),
+    "other vocabulary": ("ppo --policy {own}/mixed --prompts {own}/prompts.txt", "vocabulary"),
+    "empty prompts": ("ppo --policy {own}/lm --prompts {own}/empty.txt", "at least one prompt"),
+    "malformed line": ("ppo --policy {own}/lm --prompts {own}/broken.jsonl", "line 2"),
+    "malformed feedback": ("reward --model {own}/encoder --feedback {own}/broken.jsonl", "line 1"),
+    "missing stage": ("ppo --prompts {own}/prompts.txt", "run that stage first"),
+    "missing file": ("sft --model {own}/lm --texts {own}/nothing.txt", "nothing.txt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(name, own, tmp_path, capsys) -> None:
+    (own / "empty.txt").write_text("")
+    (own / "broken.jsonl").write_text('{"prompt": "The film"}\n{"prompt": \n')
+    if not (own / "mixed").exists():
+        tiny_llama(50).save_pretrained(own / "mixed")
+        PreTrainedTokenizerFast.from_pretrained(own / "lm").save_pretrained(own / "mixed")
+    line, message = BAD[name]
+    run = tmp_path / "run"
+    arguments = [*line.format(own=own).split(), "--run", str(run)]
+    if line.startswith("ppo") and "--policy" in line:
+        arguments += ["--reward_model", str(own / "encoder")]
+    assert train.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error.splitlines()[0] and "error: " in error
+    assert [p.name for p in run.iterdir() if not p.name.startswith("config")] == []
+
+
+def test_help_is_instant_and_imports_no_torch() -> None:
+    code = (
+        "import sys, train\n"
+        "try: train.main(['ppo', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "total_timesteps" in done.stdout
+
+
+def test_print_config_and_presets_are_valid(capsys) -> None:
+    for preset in sorted((ROOT / "configs").glob("*.yaml")):
+        with pytest.raises(SystemExit) as stopped:
+            train.main(["--config", str(preset), "--print_config"])
+        assert stopped.value.code == 0
+        assert "total_timesteps" in capsys.readouterr().out
+
+
+def test_the_islands_never_import_one_another() -> None:
+    islands = ("text_env", "reward_models", "agents")
+    for island in islands:
+        for file in (ROOT / island).rglob("*.py"):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                for other in islands:
+                    if other != island:
+                        stripped = line.strip()
+                        assert not stripped.startswith((f"import {other}", f"from {other}")), file
+
+
+def test_the_default_split_puts_no_text_into_two_parts() -> None:
+    parts = train.SHARES
+    assert sum(parts.values()) == pytest.approx(1)
+
+
+@pytest.mark.network
+def test_the_default_data(tmp_path) -> None:
+    folder = train.data(train.Common(run=tmp_path))
+    texts: list[set[str]] = []
+    for name, key in (
+        ("language", "text"),
+        ("reward_model", "completion"),
+        ("judge", "completion"),
+    ):
+        with (folder / f"{name}.jsonl").open(encoding="utf-8") as file:
+            texts.append({" ".join(json.loads(line)[key].casefold().split()) for line in file})
+    assert min(map(len, texts)) > 2500
+    assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+    prompts = [
+        {json.loads(line)["prompt"] for line in (folder / f"{name}.jsonl").open(encoding="utf-8")}
+        for name in ("prompts", "test_prompts")
+    ]
+    assert min(map(len, prompts)) > 300 and not prompts[0] & prompts[1]

@@ -261,7 +261,8 @@ class TokenPPO(PPO):
         """
         policy, reference, buffer = self.policy, self.reference, self.rollout_buffer
         rounded = policy.dtype != th.float32
-        ref_log_probs, exact = np.zeros_like(buffer.log_probs), []
+        ref_log_probs = np.zeros_like(buffer.log_probs)
+        exact: list[th.Tensor] = []
         if reference is None and not rounded:
             return ref_log_probs, 0.0
         for batch, index in buffer.batches(buffer.by_length(), self.batch_size):

@@ -69,7 +69,7 @@ class SFT:
     """Longer texts are cut there."""
     epochs: float = 1.0
     """Passes over the texts."""
-    max_steps: int | None = 80
+    max_steps: int | None = 64
     """Updates at most; None: as many as the epochs have."""
     batch_size: int = 16
     """Texts per update."""
@@ -92,11 +92,11 @@ class Reward:
     is no judge."""
     held_out: float = 0.1
     """Share of the texts that the report is measured on."""
-    epochs: float = 2.0
+    epochs: float = 2.5
     """Passes over the feedback."""
     batch_size: int = 32
     """Records per update."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     """Highest learning rate."""
 
 
@@ -124,7 +124,7 @@ class PPO:
     n_epochs: int = 2
     """Passes over each rollout."""
     learning_rate: float = 7e-4
-    """Highest learning rate; it rises over the first fifth and falls linearly to a tenth."""
+    """Times min(5·(1 − p), 0.1 + 0.9·p), where p goes from 1 to 0: a short rise, a linear fall."""
     trainable_layers: int | None = 6
     """How many of the last transformer layers learn; None: all of the model."""
     max_new_tokens: int = 32
@@ -157,7 +157,7 @@ class Evaluate:
 
     prompts: Path | None = None
     """Test prompts. None: the run's."""
-    n_prompts: int = 150
+    n_prompts: int = 120
     """How many of them are used."""
     policy: str | None = None
     """The trained policy. None: the run's policy/."""
@@ -168,12 +168,12 @@ class Evaluate:
     judge: str | None = None
     """None: the run's judge/, if there is one."""
     vocabulary: Path | None = None
-    """As in ppo."""
-    max_new_tokens: int = 32
+    """This, and the three below: None: as the run's policy was trained."""
+    max_new_tokens: int | None = None
     """Longest completion, tokens."""
-    min_new_tokens: int = 6
+    min_new_tokens: int | None = None
     """Tokens before a completion may end."""
-    temperature: float = 0.7
+    temperature: float | None = None
     """Divides the logits."""
     best_of: int = 4
     """Samples of the reference per prompt for the best-of-n baseline; 1 leaves it out."""
@@ -212,7 +212,7 @@ def sft(common: Common, settings: SFT) -> None:
     from text_env.prompts import load_texts
     from text_env.vocabulary import load_tokenizer
 
-    with stage(common, "sft", makes=["sft"]) as facts:
+    with stage(common, "sft") as (facts, made):
         texts = load_texts(settings.texts or data(common) / "language.jsonl")
         model = named_model(settings.model)
         tokenizer, lm = load_tokenizer(model), load_named(model).to(device_of(common))
@@ -230,7 +230,7 @@ def sft(common: Common, settings: SFT) -> None:
             seed=common.seed,
             progress_bar=True,
         )
-        with replaced_folder(folder_of(common) / "sft") as folder:
+        with replaced_folder(made / "sft") as folder:
             lm.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         facts["sft"] = asdict(report)
@@ -250,9 +250,10 @@ def reward(common: Common, settings: Reward) -> None:
         parts = {"reward_model": settings.feedback}
     if settings.judge_feedback is not None:
         parts["judge"] = settings.judge_feedback
-    with stage(common, "reward", makes=["reward_model", "judge"]) as facts:
+    with stage(common, "reward") as (facts, made):
+        feedback = {name: read_feedback(file) for name, file in parts.items()}
         for seed, (name, file) in enumerate(parts.items(), start=common.seed):
-            records = read_feedback(file)
+            records = feedback[name]
             model = LearnedRewardModel.from_pretrained(
                 named_model(settings.model), device_of(common), seed=seed
             )
@@ -267,7 +268,7 @@ def reward(common: Common, settings: Reward) -> None:
             )
             texts = [text for record in records for text in record.texts]
             model.normalize([""] * len(texts), texts, f"the {len(texts)} texts of {file.name}")
-            model.save(folder_of(common) / name, overwrite=True)
+            model.save(made / name)
             facts[name] = asdict(report)
             say(f"{name}: {agreement(facts[name])}")
         if settings.feedback is None:
@@ -290,11 +291,19 @@ def ppo(common: Common, settings: PPO) -> None:
     from text_env.vocabulary import load_tokenizer
 
     folder = folder_of(common)
-    makes = ["policy", "metrics.jsonl", "samples.jsonl", "tensorboard"]
-    with stage(common, "ppo", makes) as facts:
+    with stage(common, "ppo") as (facts, made):
         policy = settings.policy or str(left_by("sft", folder / "sft"))
         reward_model = settings.reward_model or left_by("reward", folder / "reward_model")
         tokenizer = load_tokenizer(policy)
+        vocabulary = settings.vocabulary
+        if vocabulary is None and settings.prompts is None:
+            vocabulary = data(common) / "language.jsonl"
+        facts["writing"] = {
+            "max_new_tokens": settings.max_new_tokens,
+            "min_new_tokens": settings.min_new_tokens,
+            "temperature": settings.temperature,
+            "vocabulary": str(vocabulary) if vocabulary else None,
+        }
         env = TextVecEnv(
             num_envs=settings.n_envs,
             tokenizer=tokenizer,
@@ -303,7 +312,7 @@ def ppo(common: Common, settings: PPO) -> None:
             max_new_tokens=settings.max_new_tokens,
             min_new_tokens=settings.min_new_tokens,
             missing_eos_penalty=settings.missing_eos_penalty,
-            allowed_token_ids=allowed_tokens(common, settings, tokenizer),
+            allowed_token_ids=tokens_of(vocabulary, tokenizer),
         )
         model = TokenPPO(
             "CausalLMPolicy",
@@ -330,20 +339,20 @@ def ppo(common: Common, settings: PPO) -> None:
             device=device_of(common),
         )
         writers: list[KVWriter] = [
-            JSONOutputFormat(str(folder / "metrics.jsonl")),
-            TensorBoardOutputFormat(str(folder / "tensorboard")),
+            JSONOutputFormat(str(made / "metrics.jsonl")),
+            TensorBoardOutputFormat(str(made / "tensorboard")),
         ]
-        model.set_logger(Logger(str(folder), writers))
+        model.set_logger(Logger(str(made), writers))
         callbacks = [
-            SampleTextCallback(folder / "samples.jsonl"),
-            SavePretrainedCallback(folder / "policy", tokenizer, settings.save_every),
+            SampleTextCallback(made / "samples.jsonl"),
+            SavePretrainedCallback(made / "policy", tokenizer, settings.save_every),
         ]
         if (folder / "judge").exists():
             judge = LearnedRewardModel.load(folder / "judge", device_of(common))
             callbacks.insert(0, judged_rollouts(judge))
         model.learn(settings.total_timesteps, callback=callbacks, progress_bar=True)
         model.logger.close()
-        rows = map(json.loads, read_lines(folder / "metrics.jsonl"))
+        rows = map(json.loads, read_lines(made / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
         facts["episodes"] = sum(row["rollout/episodes"] for row in rows)
 
@@ -358,21 +367,24 @@ def evaluate(common: Common, settings: Evaluate) -> None:
     from text_env.prompts import load_prompts
 
     folder = folder_of(common)
-    with stage(common, "evaluate", ["evaluation.json", "report.md", "curves.png"]) as facts:
+    with stage(common, "evaluate") as (facts, made):
+        settings = as_in_ppo(folder, settings)
         reference = settings.reference or str(left_by("sft", folder / "sft"))
         policy = settings.policy or str(left_by("ppo", folder / "policy"))
         reward_model = settings.reward_model or left_by("reward", folder / "reward_model")
         prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
-        scorers: dict[str, Scorer] = {
-            "score": LearnedRewardModel.load(reward_model, device_of(common)).score
-        }
-        judge = settings.judge or str(folder / "judge")
+        rewarder = LearnedRewardModel.load(reward_model, device_of(common))
+        scorers: dict[str, Scorer] = {"score": rewarder.score}
         if settings.judge or (folder / "judge").exists():
-            scorers["judge"] = LearnedRewardModel.load(judge, device_of(common)).human_scale
+            judge = LearnedRewardModel.load(settings.judge or folder / "judge", device_of(common))
+            scorers["judge"] = judge.human_scale
+            facts["judge_scale"] = judge.scale
         if settings.prompts is None:  # an English lexicon, for our own English prompts
             lexicon = LexiconSentiment(sentiment_lexicon())
             scorers["lexicon"] = lambda p, c: np.asarray(lexicon(prompts=p, completions=c))
-        groups = write_all(common, settings, reference, policy, prompts[: settings.n_prompts])
+        groups = write_all(
+            common, settings, reference, policy, rewarder, prompts[: settings.n_prompts]
+        )
         scores = {
             name: {key: score(*texts_of(group)) for key, score in scorers.items()}
             for name, group in groups.items()
@@ -381,7 +393,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         facts["gain"] = {
             key: mean_interval(scores[POLICY][key] - scores[WARM_START][key]) for key in scorers
         }
-        write_report(folder, facts, groups, scores, settings)
+        write_report(folder, made, facts, groups, scores, settings)
     say(summary(facts))
     say(f"Report: {folder / 'report.md'}")
 
@@ -420,7 +432,9 @@ def data(common: Common) -> Path:
                     made / f"{name}.jsonl",
                     (replace(rated[text].as_feedback(), completion=text) for text in parts[name]),
                 )
-            train = (prompt for prompt in prompts_of(parts["language"]) if prompt not in set(test))
+            train = dict.fromkeys(prompts_of(parts["language"]))
+            for prompt in test:
+                train.pop(prompt, None)
             write_jsonl(made / "prompts.jsonl", ({"prompt": prompt} for prompt in train))
             write_jsonl(made / "test_prompts.jsonl", ({"prompt": prompt} for prompt in test))
         say(", ".join(f"{len(texts)} {name}" for name, texts in parts.items()) + " sentences")
@@ -462,34 +476,71 @@ def left_by(stage_name: str, folder: Path) -> Path:
 
 
 @contextmanager
-def stage(common: Common, name: str, makes: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Announce a stage, keep it from replacing results, and write down what it found and took.
+def stage(common: Common, name: str) -> Iterator[tuple[dict[str, Any], Path]]:
+    """Announce a stage, put its results in place when it ends well, and write down its facts.
+
+    Until then they are in `<name>.unfinished`, which is what a failed stage leaves behind.
 
     Yields:
-        A dict for facts; with the seconds that the stage took it goes to stages/<name>.json.
+        A dict for facts, which goes to stages/<name>.json with the seconds that the stage took,
+        and the folder to work in.
     """
     from reward_models.atomic import atomic_file
 
-    folder = folder_of(common)
-    there = [folder / made for made in makes if (folder / made).exists()]
-    if there and not common.overwrite:
-        raise FileExistsError(
-            f"{', '.join(map(str, there))} exist already: choose another --run folder, or pass "
-            "--overwrite true"
-        )
-    for path in there:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run_folder, unfinished = folder_of(common), folder_of(common) / f"{name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
     set_up(common)
     say(f"== {name}")
     start = time.time()
     facts: dict[str, Any] = {}
-    yield facts
+    try:
+        yield facts, unfinished
+        for made in MAKES[name]:
+            if (unfinished / made).exists():
+                put_in_place(unfinished / made, run_folder / made)
+    finally:
+        if not any(unfinished.iterdir()):
+            unfinished.rmdir()
     facts["seconds"] = round(time.time() - start, 1)
     facts["peak_memory_gib"] = round(peak_memory() / 2**30, 2)
-    (folder / "stages").mkdir(exist_ok=True)
-    with atomic_file(folder / "stages" / f"{name}.json") as file:
+    (run_folder / "stages").mkdir(exist_ok=True)
+    with atomic_file(run_folder / "stages" / f"{name}.json") as file:
         file.write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
     say(f"   {facts['seconds']:.0f} s, at most {facts['peak_memory_gib']:.1f} GiB so far")
+
+
+MAKES = {
+    "sft": ("sft",),
+    "reward": ("reward_model", "judge"),
+    "ppo": ("policy", "metrics.jsonl", "samples.jsonl", "tensorboard"),
+    "evaluate": ("evaluation.json", "report.md", "curves.png"),
+}
+"""What each stage leaves in the run folder."""
+
+
+def refuse_to_replace(common: Common, name: str) -> None:
+    """Raise FileExistsError if a stage, or one of a whole run, would replace results."""
+    names = list(MAKES) if name == "run" else [name]
+    paths = [folder_of(common) / made for stage_name in names for made in MAKES[stage_name]]
+    there = [str(path) for path in paths if path.exists()]
+    if there and not common.overwrite:
+        raise FileExistsError(
+            f"{', '.join(there)} exist already: choose another --run folder, or pass "
+            "--overwrite true"
+        )
+
+
+def put_in_place(new: Path, place: Path) -> None:
+    """Move a file or folder to its place; what was there goes only then."""
+    old = new.with_name(new.name + ".replaced")
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
 
 
 def set_up(common: Common) -> None:
@@ -584,25 +635,23 @@ def human_agreement() -> dict[str, float]:
     }
 
 
-def allowed_tokens(
-    common: Common, settings: PPO | Evaluate, tokenizer: "PreTrainedTokenizerBase"
-) -> list[int] | None:
-    """Return the ids of the tokens that occur in the texts that set the vocabulary."""
+def tokens_of(vocabulary: Path | None, tokenizer: "PreTrainedTokenizerBase") -> list[int] | None:
+    """Return the ids of the tokens that occur in the texts of a file; None without one: all."""
     from text_env.prompts import load_texts
 
-    file = settings.vocabulary
-    if file is None and settings.prompts is not None:
+    if vocabulary is None:
         return None
-    texts = load_texts(file or data(common) / "language.jsonl")
-    return sorted({token for ids in tokenizer(texts)["input_ids"] for token in ids})
+    return sorted(
+        {token for ids in tokenizer(load_texts(vocabulary))["input_ids"] for token in ids}
+    )
 
 
-def warm_up_and_decay(highest: float, progress: float) -> float:
-    """Return the learning rate when `progress` (1 to 0) remains: up over a fifth, down to a tenth.
+def warm_up_and_decay(rate: float, progress: float) -> float:
+    """Return the learning rate when `progress` (1 to 0) remains: up over a sixth, down to a tenth.
 
     SB3 asks after a rollout, so a rate that ended at 0 would waste the last update.
     """
-    return highest * min(5 * (1 - progress), 0.1 + 0.9 * progress)
+    return rate * min(5 * (1 - progress), 0.1 + 0.9 * progress)
 
 
 def judged_rollouts(judge: "LearnedRewardModel") -> "BaseCallback":
@@ -630,8 +679,26 @@ def texts_of(episodes: Episodes) -> tuple[list[str], list[str]]:
 WARM_START, POLICY, GREEDY = "warm start", "policy", "warm start, greedy"
 
 
+def as_in_ppo(folder: Path, settings: Evaluate) -> Evaluate:
+    """Fill in how the run's policy was trained to write, where the settings leave it open."""
+    file = folder / "stages" / "ppo.json"
+    written = json.loads(file.read_text(encoding="utf-8"))["writing"] if file.exists() else {}
+    fallback = {"max_new_tokens": 48, "min_new_tokens": 0, "temperature": 1.0, "vocabulary": None}
+    given = {key: getattr(settings, key) for key in fallback}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    filled = {**fallback, **written, **chosen}
+    if filled["vocabulary"] is not None:
+        filled["vocabulary"] = Path(filled["vocabulary"])
+    return replace(settings, **filled)
+
+
 def write_all(
-    common: Common, settings: Evaluate, reference: str, policy: str, prompts: list[dict[str, Any]]
+    common: Common,
+    settings: Evaluate,
+    reference: str,
+    policy: str,
+    rewarder: "LearnedRewardModel",
+    prompts: list[dict[str, Any]],
 ) -> dict[str, Episodes]:
     """Let policy, warm start and baselines each continue every prompt once.
 
@@ -643,11 +710,12 @@ def write_all(
     from agents import CausalLMPolicy
     from agents.language_model import Reference
     from agents.writing import write_episodes
-    from reward_models import LearnedRewardModel
     from text_env import TextVecEnv
     from text_env.vocabulary import load_tokenizer
 
-    reward_model = settings.reward_model or folder_of(common) / "reward_model"
+    assert settings.max_new_tokens is not None and settings.min_new_tokens is not None
+    assert settings.temperature is not None
+    temperature = settings.temperature
     tokenizer = load_tokenizer(policy)
     env = TextVecEnv(
         num_envs=len(prompts),
@@ -655,10 +723,10 @@ def write_all(
         tokenizer=tokenizer,
         prompts=prompts,
         shuffle=False,
-        reward_fn=LearnedRewardModel.load(reward_model, device_of(common)),
+        reward_fn=rewarder,
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens,
-        allowed_token_ids=allowed_tokens(common, settings, tokenizer),
+        allowed_token_ids=tokens_of(settings.vocabulary, tokenizer),
     )
 
     def writer(lm: str) -> CausalLMPolicy:
@@ -667,7 +735,7 @@ def write_all(
             env.action_space,
             lambda _: 0.0,
             lm=lm,
-            temperature=settings.temperature,
+            temperature=temperature,
             dtype=dtype_of(common),
         ).to(device_of(common))
         model.allowed_tokens.copy_(model.allowed_tokens.new_tensor(np.array(env.allowed_tokens)))
@@ -725,8 +793,8 @@ def measures(episodes: Episodes, scores: dict[str, "np.ndarray"]) -> dict[str, l
 
 
 MEASURES = {
-    "score": "score (reward model; SD 1 on human sentences)",
-    "judge": "judge (human scale, -4 to +4)",
+    "score": "score (reward model, normalised)",
+    "judge": "judge",
     "lexicon": "lexicon sentiment",
     "ref_kl": "KL to the warm start (nats per completion)",
     "tokens": "length (tokens)",
@@ -743,8 +811,10 @@ def summary(facts: dict[str, Any]) -> str:
     key = "judge" if "judge" in after else "score"
     gain, low, high = facts["gain"][key]
     kept = after["distinct-2"][0] / max(before["distinct-2"][0], 1e-9)
+    scale = facts.get("judge_scale") if key == "judge" else None
+    unit = f" ({scale[0]:g} to {scale[1]:+g})" if scale else ""
     return (
-        f"{MEASURES[key]}: {before[key][0]:+.2f} -> {after[key][0]:+.2f}, "
+        f"{key}{unit}: {before[key][0]:+.2f} -> {after[key][0]:+.2f}, "
         f"a gain of {gain:+.2f} [{low:+.2f}, {high:+.2f}] "
         f"at {after['ref_kl'][0]:.1f} nats per completion; "
         f"distinct-2 at {kept:.2f} of the warm start's"
@@ -756,6 +826,7 @@ def summary(facts: dict[str, Any]) -> str:
 
 def write_report(
     folder: Path,
+    made: Path,
     facts: dict[str, Any],
     groups: dict[str, Episodes],
     scores: dict[str, dict[str, "np.ndarray"]],
@@ -766,8 +837,8 @@ def write_report(
 
     rows = [json.loads(line) for line in read_lines(folder / "metrics.jsonl")]
     if rows:
-        draw_curves(folder / "curves.png", rows)
-    with atomic_file(folder / "evaluation.json") as file:
+        draw_curves(made / "curves.png", rows)
+    with atomic_file(made / "evaluation.json") as file:
         episodes = {
             name: [
                 {**{k: e[k] for k in ("prompt", "completion", "finish_reason", "ref_kl")}}
@@ -782,8 +853,9 @@ def write_report(
         "# What the run did",
         summary(facts) + ".",
         f"{len(groups[POLICY])} test prompts, each continued once by every writer; 95 % intervals "
-        "in brackets. Score, judge and lexicon read prompt and completion together. The judge "
-        "has learned from other people's ratings than the reward model and was never a reward.",
+        "in brackets. Score, judge and lexicon read prompt and completion together. "
+        + judge_note(facts)
+        + "The KL of best-of-n is the bound log n - (n - 1)/n.",
         measures_table(facts["measures"]),
         "![curves](curves.png)" if rows else "",
         "## Samples",
@@ -791,8 +863,17 @@ def write_report(
         "## Stages",
         stages_table(folder),
     ]
-    with atomic_file(folder / "report.md") as file:
+    with atomic_file(made / "report.md") as file:
         file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def judge_note(facts: dict[str, Any]) -> str:
+    """Say what the judge is, if there is one."""
+    if "judge_scale" not in facts:
+        return ""
+    scale = facts["judge_scale"]
+    unit = f"on the human scale, {scale[0]:g} to {scale[1]:g}" if scale else "in logits"
+    return f"The judge, {unit}, has learned from other feedback than the reward model. "
 
 
 def read_lines(path: Path) -> list[str]:
@@ -929,8 +1010,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("reward_models").setLevel(logging.INFO)
     try:
         common.run = run_folder(common, name)
-        save_config(common, name, chosen)
+        refuse_to_replace(common, name)
+        if name == "run":
+            save_config(common, "config.yaml", chosen)
         function(common, settings)
+        if name != "run":
+            save_config(common, f"config-{name}.yaml", chosen)
     except KeyboardInterrupt:
         say("train.py: interrupted; what earlier stages left is in place")
         return 130
@@ -957,12 +1042,14 @@ def save_config(common: Common, name: str, chosen: "Namespace") -> None:
     """Write what was asked for beside the results, in the form that --config reads."""
     import yaml
 
+    from reward_models.atomic import atomic_file
+
     values = chosen.clone().as_dict()
     values.pop("config", None)
-    values["run"] = None
-    file = folder_of(common) / ("config.yaml" if name == "run" else f"config-{name}.yaml")
+    values |= {"run": None, "overwrite": False}
     plain = json.loads(json.dumps(values, default=str))
-    file.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    with atomic_file(folder_of(common) / name) as aside:
+        aside.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
 
 
 if __name__ == "__main__":

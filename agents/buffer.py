@@ -138,6 +138,11 @@ class TokenRolloutBuffer(RolloutBuffer):
 
         Whitening takes mean and (unbiased) standard deviation over all tokens of the rollout.
         """
+        if self.n_tokens == 0:
+            raise ValueError(
+                "expected tokens to learn from, got none: all rows were held from the start; an "
+                "environment that holds ended rows needs whole_episodes=True"
+            )
         self.before_advantages()
         super().compute_returns_and_advantage(last_values, dones)
         trained = self.lengths > 0

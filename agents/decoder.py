@@ -113,7 +113,7 @@ class CachedDecoder:
         """Bring the copy's weights up to date. Buffers keep their dtype: positions need it."""
         if self._dtype == th.float32 or not self._stale:
             return
-        if self._copy is None:
+        if self._copy is None or self._copy.device != self._source.device:
             # Told what each parameter's copy is, deepcopy makes none in full precision; what has
             # the dtype already is shared.
             small = {

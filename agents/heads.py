@@ -104,9 +104,14 @@ def sample(logits: th.Tensor) -> th.Tensor:
 
     Returns:
         (n,) int64, places.
+
+    Raises:
+        FloatingPointError: If a logit is not finite.
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
+    if not bool(total.isfinite().all()):
+        raise FloatingPointError("the policy's logits are not finite: its weights have diverged")
     draw = th.rand_like(total) * total
     draw = th.minimum(draw, total.nextafter(th.zeros_like(total)))
     return th.searchsorted(cumulative, draw, right=True)[:, 0]
@@ -162,8 +167,9 @@ class _Statistics(th.autograd.Function):
         hidden, weight, bias, places, entropy = ctx.saved_tensors
         head: Head = ctx.head
         d_hidden = th.zeros_like(hidden)
-        d_weight = th.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        d_bias = th.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        wanted = {"weight": ctx.needs_input_grad[1], "bias": ctx.needs_input_grad[2]}
+        d_weight = th.zeros_like(weight, dtype=th.float32) if wanted["weight"] else None
+        d_bias = th.zeros_like(bias, dtype=th.float32) if wanted["bias"] else None
         multiplier = weight.to(head.dtype)
         for part in pieces(len(places), len(head.weight)):
             log_p = log_softmax_(head.logits(hidden[part], part))
@@ -175,9 +181,11 @@ class _Statistics(th.autograd.Function):
             d_logits /= head.temperature
             d_hidden[part] = (d_logits.to(head.dtype) @ multiplier).to(hidden.dtype)
             if d_weight is not None:
-                d_weight += d_logits.T @ hidden[part].to(weight.dtype)
+                d_weight += d_logits.T @ hidden[part].float()
             if d_bias is not None:
                 d_bias += d_logits.sum(dim=0)
+        d_weight = d_weight if d_weight is None else d_weight.to(weight.dtype)
+        d_bias = d_bias if d_bias is None else d_bias.to(bias.dtype)
         return d_hidden, d_weight, d_bias, None, None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch as th
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -101,7 +102,7 @@ class Reference(TokenModel):
         self.lm = lm
         self.vocab_size, self.temperature = policy.vocab_size, policy.temperature
         self.dtype = policy.dtype
-        self.register_buffer("allowed_tokens", policy.allowed_tokens)
+        self.register_buffer("allowed_tokens", policy.allowed_tokens, persistent=False)
         self.requires_grad_(False).eval()
         round_frozen(self.lm, self.dtype)
 
@@ -119,11 +120,11 @@ def load_lm(lm: LM, vocab_size: int) -> PreTrainedModel:
     if isinstance(lm, PreTrainedModel):
         loaded = lm
     elif isinstance(lm, PreTrainedConfig):
-        loaded = AutoModelForCausalLM.from_config(lm)
+        loaded = AutoModelForCausalLM.from_config(lm, dtype=th.float32)
     else:
         loaded = load_named(str(lm))
     check_fit(loaded, vocab_size)
-    return loaded
+    return loaded.float()
 
 
 def load_named(lm: str) -> PreTrainedModel:
@@ -134,7 +135,7 @@ def load_named(lm: str) -> PreTrainedModel:
     """
     try:
         return AutoModelForCausalLM.from_pretrained(lm, dtype=th.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"expected the folder or hub id of a causal LM, got {lm!r}: {reason}"
@@ -148,7 +149,11 @@ def frozen_copy(lm: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_fit(lm: PreTrainedModel, vocab_size: int) -> None:
-    """Require that head(body(ids)) is the model, and that every action is a token of it."""
+    """Require that head(body(ids)) is the model, and that every token is one of it.
+
+    Raises:
+        ValueError: If not.
+    """
     head = lm.get_output_embeddings()
     name = type(lm).__name__
     if head is None:
@@ -172,21 +177,27 @@ def check_fit(lm: PreTrainedModel, vocab_size: int) -> None:
 
 
 def freeze_below(lm: PreTrainedModel, trainable_layers: int | None) -> None:
-    """Let only the last layers and the final norm of `lm` learn (None: all of it).
+    """Let only the last layers, all if there are no more, and the final norm of `lm` learn.
+
+    None lets all of it learn, embeddings included.
 
     Raises:
-        ValueError: If the model has fewer layers than asked for.
+        ValueError: If the number is negative, or the model has no stack of layers.
     """
     if trainable_layers is None:
         return
     parts = list(lm.base_model.children())
     place = next((i for i, part in enumerate(parts) if isinstance(part, nn.ModuleList)), None)
     n_layers = 0 if place is None else len(parts[place])
-    if place is None or not 0 <= trainable_layers <= n_layers:
-        raise ValueError(f"expected 0 to {n_layers} trainable layers, got {trainable_layers}")
+    if place is None or trainable_layers < 0:
+        raise ValueError(
+            f"expected trainable_layers >= 0 of the {n_layers} layers of {type(lm).__name__}, "
+            f"got {trainable_layers}"
+        )
     lm.requires_grad_(False)
     # What stands behind the stack of layers works on its output: the final norm.
-    for part in [*parts[place][n_layers - trainable_layers :], *parts[place + 1 :]]:
+    first = max(0, n_layers - trainable_layers)
+    for part in [*parts[place][first:], *parts[place + 1 :]]:
         part.requires_grad_(True)
 
 
@@ -196,7 +207,22 @@ def round_frozen(lm: PreTrainedModel, dtype: th.dtype) -> None:
     Autocast would round them anew at every forward pass. Embeddings (and so the head) and norms
     stay as they are.
     """
-    embeddings = {id(lm.get_input_embeddings().weight), id(lm.get_output_embeddings().weight)}
+    looked_up = [m for m in lm.modules() if isinstance(m, nn.Embedding)]
+    kept = {id(module.weight) for module in [*looked_up, lm.get_output_embeddings()]}
     for parameter in lm.parameters():
-        if not parameter.requires_grad and parameter.ndim > 1 and id(parameter) not in embeddings:
+        if not parameter.requires_grad and parameter.ndim > 1 and id(parameter) not in kept:
             parameter.data = parameter.data.to(dtype)
+
+
+def check_positions(lm: PreTrainedModel, longest: int) -> None:
+    """Require that the model has positions for sequences of `longest` tokens.
+
+    Raises:
+        ValueError: If not.
+    """
+    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"expected sequences of at most {limit} tokens, which is what {type(lm).__name__} has "
+            f"positions for, got up to {longest}: shorten the prompts or max_new_tokens"
+        )

@@ -42,8 +42,3 @@ class ActionMasks:
             self._index[key] = len(self._table)
             self._table.append(th.from_numpy(mask.copy()).to(self.device))
         return self._index[key]
-
-
-def has_action_masks(env: VecEnv) -> bool:
-    """Say whether every row of `env` has `action_masks` (sb3-contrib's convention)."""
-    return bool(env.has_attr("action_masks"))

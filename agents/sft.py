@@ -3,6 +3,7 @@
 Built on `transformers.Trainer`. What the texts are good for is not known here.
 """
 
+import math
 import random
 import tempfile
 import time
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from agents.heads import Head
-from agents.language_model import TokenModel, freeze_below
+from agents.language_model import TokenModel, check_fit, check_positions, freeze_below
 from agents.sequences import TokenBatch, pad_right
 
 
@@ -80,7 +81,7 @@ def warm_start(
         texts: Texts; a random tenth of them, `held_out` at most, is only measured on.
         max_tokens: Longer texts are cut there, and not ended.
         epochs: Passes over the texts.
-        max_steps: Updates at most, instead of `epochs`.
+        max_steps: Updates at most, if the epochs have more.
         batch_size: Texts per update.
         learning_rate: The highest one.
         trainable_layers: How many of the last layers learn, with the final norm; None: all of
@@ -91,7 +92,8 @@ def warm_start(
         progress_bar: Show one.
 
     Raises:
-        ValueError: If there is no EOS token or there are fewer than two texts.
+        ValueError: If there is no EOS token, there are fewer than two texts, or model,
+            tokenizer and settings do not fit together.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("expected a tokenizer with an EOS token, got none: texts could not end")
@@ -102,6 +104,13 @@ def warm_start(
     random.Random(seed).shuffle(rows)
     n_held_out = max(1, min(held_out, len(rows) // 10))
     train, test = rows[n_held_out:], rows[:n_held_out]
+    steps = math.ceil(epochs * math.ceil(len(train) / batch_size))
+    if max_steps is not None:
+        steps = min(steps, max_steps)
+    if steps < 1:
+        raise ValueError(f"expected at least one update, got max_steps={max_steps}, {epochs=}")
+    check_fit(lm, len(tokenizer))
+    check_positions(lm, max_tokens)
     freeze_below(lm, trainable_layers)
     learner = _Learner(lm, dtype)
     before = learner.loss(test)
@@ -111,8 +120,7 @@ def warm_start(
             model=lm,
             args=TrainingArguments(
                 output_dir=folder,
-                num_train_epochs=epochs,
-                max_steps=max_steps or -1,
+                max_steps=steps,
                 per_device_train_batch_size=batch_size,
                 train_sampling_strategy="group_by_length",
                 learning_rate=learning_rate,

@@ -5,6 +5,7 @@ penalty on its divergence, and what a rollout of text can tell.
 """
 
 import warnings
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,8 +21,9 @@ from agents.buffer import TokenRolloutBuffer
 from agents.heads import exact_kl
 from agents.kl import KLController, kl_estimates
 from agents.language_model import LM, Reference, frozen_copy, load_lm
-from agents.masks import ActionMasks, has_action_masks
+from agents.masks import ActionMasks
 from agents.policy import CausalLMPolicy
+from agents.sequences import PAD
 
 
 class TokenPPO(PPO):
@@ -36,7 +38,7 @@ class TokenPPO(PPO):
         finished_episodes: Episodes that ended in the current rollout, in order: the
             environment's `info` and `ref_kl` (nats, summed over the completion; complete when
             `on_rollout_end` is called).
-        kl: The controller of β.
+        kl: The controller of β; `kl.coef` is where to change it.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"CausalLMPolicy": CausalLMPolicy}
@@ -169,18 +171,22 @@ class TokenPPO(PPO):
         """Build buffer and policy as SB3 does, then the reference."""
         super()._setup_model()
         self.rollout_buffer.before_advantages = self._finish_rollout
-        if self.env is not None and self.env.has_attr("allowed_tokens"):
-            allowed = th.from_numpy(np.array(self.env.get_attr("allowed_tokens")[0], dtype=bool))
-            self.policy.allowed_tokens.copy_(allowed)
         if self.kl.coef > 0 or self.ref_lm is not None:
+            if self.ref_lm is self.policy.lm:
+                raise ValueError(
+                    "expected ref_lm to be another model than the policy's, which it would "
+                    "freeze; leave it out, and a copy is made"
+                )
             if self.ref_lm is None:
                 lm = frozen_copy(self.policy.lm)
             else:
                 lm = load_lm(self.ref_lm, self.policy.vocab_size)
             self.reference = Reference(lm, self.policy).to(self.device)
+        # A live model would be pickled into SB3's zip beside its own weights.
         if isinstance(self.policy_kwargs["lm"], th.nn.Module):
-            # A live model would be pickled into SB3's zip beside its own weights.
             self.policy_kwargs = {**self.policy_kwargs, "lm": self.policy.lm.config}
+        if isinstance(self.ref_lm, th.nn.Module):
+            self.ref_lm = self.ref_lm.config
         self._open_kl = np.zeros(self.n_envs)
 
     def predict(
@@ -202,23 +208,24 @@ class TokenPPO(PPO):
         n_rollout_steps: int,
     ) -> bool:
         """Collect `n_rollout_steps` tokens per row by SB3's loop; its arguments and result."""
-        masks = ActionMasks(env, self.device) if has_action_masks(env) else None
+        if env.has_attr("allowed_tokens"):
+            allowed = np.array(env.get_attr("allowed_tokens")[0], dtype=bool)
+            self.policy.allowed_tokens.copy_(th.from_numpy(allowed))
+        masks = ActionMasks(env, self.device) if env.has_attr("action_masks") else None
         self.policy.action_masks = self.rollout_buffer.action_masks = masks
         self.finished_episodes = []
         if self.whole_episodes:
             self._last_obs = env.reset()  # type: ignore[assignment]
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
-            self._open_kl[:] = 0
-        going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-        # Rows that were held generated nothing.
-        self.num_timesteps -= int((self.rollout_buffer.lengths[: rollout_buffer.pos] == 0).sum())
-        return going_on
+        self._open_kl[self._last_episode_starts] = 0
+        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
     def _update_info_buffer(
         self, infos: list[dict[str, Any]], dones: np.ndarray | None = None
     ) -> None:
         """Keep SB3's statistics, and the episodes that ended at this step."""
         super()._update_info_buffer(infos, dones)
+        self.num_timesteps -= int((self._last_obs[:, 0] == PAD).sum())  # held rows wrote nothing
         for row in np.flatnonzero(dones if dones is not None else []):
             place = {"step": self.rollout_buffer.pos, "row": int(row)}
             self.finished_episodes.append({**infos[row], **place})
@@ -235,6 +242,11 @@ class TokenPPO(PPO):
         if self.reference is None:
             return
         buffer = self.rollout_buffer
+        if exact < -1e-3:
+            raise FloatingPointError(
+                f"the KL to the reference is {exact:.2e} nats per token, below 0: policy and "
+                "reference are not normalised alike"
+            )
         log_ratio = buffer.log_probs - ref_log_probs
         buffer.rewards -= self.kl.coef * log_ratio
         self._sum_per_episode(log_ratio)
@@ -312,7 +324,7 @@ class TokenPPO(PPO):
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         """Save the reference's weights too, if nothing else could bring them back."""
         names, tensors = super()._get_torch_save_params()
-        rebuilt = isinstance(self.ref_lm or self.policy_kwargs["lm"], str)
+        rebuilt = isinstance(self.ref_lm or self.policy_kwargs["lm"], str | Path)
         if self.reference is not None and not rebuilt:
             names = [*names, "reference"]
         return names, tensors

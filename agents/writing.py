@@ -1,5 +1,6 @@
 """Let a policy write: one whole episode per row, with its exact divergence from a reference."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.language_model import Reference, TokenModel
-from agents.masks import has_action_masks
+from agents.masks import ActionMasks
 from agents.policy import CausalLMPolicy
 from agents.sequences import PAD, TokenBatch, pad_right
 
@@ -35,16 +36,24 @@ def write_episodes(
     obs = env.reset()
     assert isinstance(obs, np.ndarray)
     n_prompt = (obs != PAD).sum(axis=1)
+    masks = ActionMasks(env, policy.device) if env.has_attr("action_masks") else None
+    mask_ids: list[np.ndarray] = []  # (n_envs,) per step
     ended: dict[int, dict[str, Any]] = {}
     while len(ended) < env.num_envs:
-        masks = np.stack(env.env_method("action_masks")) if has_action_masks(env) else None
-        tokens, _ = policy.predict(obs, deterministic=deterministic, action_masks=masks)
+        allowed = None if masks is None else masks.ask().cpu().numpy()
+        tokens, _ = policy.predict(obs, deterministic=deterministic, action_masks=allowed)
+        if masks is not None:
+            mask_ids.append(masks.mask_id)
         obs, _, dones, infos = env.step(tokens)
         for row in np.flatnonzero(dones):
             ended.setdefault(int(row), infos[row])
     episodes = [dict(ended[row]) for row in range(env.num_envs)]
     ids = [_real(episode.pop("terminal_observation")) for episode in episodes]
-    divergence = _divergence(policy, reference, ids, n_prompt, deterministic)
+    if reference is None:
+        divergence: Sequence[float | None] = [None] * len(ids)
+    else:
+        at = None if masks is None else (np.stack(mask_ids), masks.table())
+        divergence = _divergence(policy, reference, ids, n_prompt, at, deterministic)
     for episode, ref_kl in zip(episodes, divergence, strict=True):
         episode["ref_kl"] = ref_kl
     policy.decoder.forget()
@@ -58,16 +67,18 @@ def _real(obs: np.ndarray) -> np.ndarray:
 @th.no_grad()
 def _divergence(
     policy: TokenModel,
-    reference: Reference | None,
+    reference: Reference,
     ids: list[np.ndarray],
     n_prompt: np.ndarray,
+    masks: tuple[np.ndarray, th.Tensor] | None,
     deterministic: bool,
     batch_size: int = 32,
-) -> list[float | None]:
-    """Sum the divergence over each episode's states, some sequences of like length at a time."""
-    found: list[float | None] = [None] * len(ids)
-    if reference is None:
-        return found
+) -> list[float]:
+    """Sum the divergence over each episode's states, some sequences of like length at a time.
+
+    `masks` are the indices that held, (T, n_envs), and the masks, (M, V) bool.
+    """
+    found = [0.0] * len(ids)
     order = np.argsort([len(row) for row in ids], kind="stable")
     for start in range(0, len(ids), batch_size):
         part = order[start : start + batch_size]
@@ -77,6 +88,10 @@ def _divergence(
         padded = pad_right([ids[i] for i in part])
         device = policy.allowed_tokens.device
         batch = TokenBatch(*(th.as_tensor(x, device=device) for x in (padded, row, position)))
+        if masks is not None:
+            step = np.concatenate([np.arange(count) for count in counts])
+            mask_id = th.as_tensor(masks[0][step, part[row]], device=device).long()
+            batch = batch._replace(mask_id=mask_id, masks=masks[1])
         if deterministic:
             tokens = batch.ids[batch.row, batch.position + 1]
             hidden = reference.hidden_at(batch)

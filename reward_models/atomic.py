@@ -53,9 +53,15 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         for file in temporary.rglob("*"):
             _sync(file)
         _sync(temporary)
+        replaced = folder / "replaced"
         if overwrite and path.exists():
-            os.rename(path, folder / "replaced")
-        os.rename(temporary, path)
+            os.rename(path, replaced)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, path)
+            raise
         _sync(path.parent)
 
 

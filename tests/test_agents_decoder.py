@@ -124,7 +124,13 @@ def changed_by_hand(policy: CausalLMPolicy) -> None:
         policy.lm.get_input_embeddings().weight.mul_(1.5)
 
 
-@pytest.mark.parametrize("change", [changed_by_optimizer, changed_by_loading, changed_by_hand])
+def changed_by_vector(policy: CausalLMPolicy) -> None:
+    policy.load_from_vector(policy.parameters_to_vector() * 1.1)
+
+
+@pytest.mark.parametrize(
+    "change", [changed_by_optimizer, changed_by_loading, changed_by_hand, changed_by_vector]
+)
 def test_a_weight_update_invalidates_the_cache(change) -> None:
     lm = tiny_gpt2(V)
     policy, rows = make_policy(lm), Rows(3, restart=0)

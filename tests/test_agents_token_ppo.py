@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import text_env
 from agents import SampleTextCallback, SavePretrainedCallback, TokenPPO
+from agents.language_model import Reference
+from agents.writing import write_episodes
 
 LETTERS = "abcdef"
 
@@ -170,13 +172,12 @@ def test_a_hand_computed_rollout() -> None:
 
 def test_no_value_is_bootstrapped_past_the_token_budget_but_past_the_rollouts_end() -> None:
     model = make_model(
-        env=make_env(3, prompts=[">"], allowed_token_ids=range(6), eos_token_ids=[7]),
+        env=make_env(3, prompts=[">"], min_new_tokens=6),
         n_steps=9,
         kl_coef=0,
         normalize_advantage=False,
         gae_lambda=0.0,
     )
-    model.policy.allowed_tokens[7] = False  # no EOS: each episode has exactly 6 tokens
     th.nn.init.constant_(model.policy.value_head.bias, 5.0)
     kept = {}
 
@@ -186,16 +187,14 @@ def test_no_value_is_bootstrapped_past_the_token_budget_but_past_the_rollouts_en
         kept["rewards"] = buffer.rewards.copy()
 
     model.learn(27, callback=AtRolloutEnd(check))
-    np.testing.assert_allclose(kept["returns"][5], kept["rewards"][5])  # the last token: score only
-    np.testing.assert_allclose(kept["returns"][[0, 4]], 5.0)  # within: the next value
-    np.testing.assert_allclose(kept["returns"][8], 5.0)  # cut in mid-episode: bootstrapped
+    # Each episode has exactly 6 tokens. The last one gets its score only;
+    np.testing.assert_allclose(kept["returns"][5], kept["rewards"][5])
+    np.testing.assert_allclose(kept["returns"][[0, 4]], 5.0)  # one within, the next value;
+    np.testing.assert_allclose(kept["returns"][8], 5.0)  # one cut in mid-episode, too.
 
 
 def test_an_episode_cut_by_the_rollout_goes_on_and_its_ref_kl_is_whole() -> None:
-    model = make_model(
-        env=make_env(2, prompts=[">"], allowed_token_ids=range(6)), n_steps=4, n_epochs=1
-    )
-    model.policy.allowed_tokens[7] = False
+    model = make_model(env=make_env(2, prompts=[">"], min_new_tokens=6), n_steps=4, n_epochs=1)
     with th.no_grad():
         for p in model.policy.lm.parameters():
             p.add_(0.02 * th.randn_like(p))
@@ -239,14 +238,14 @@ def test_the_first_minibatchs_ratio_is_one_and_a_stale_rollout_is_refused() -> N
 
 def test_a_reward_that_breaks_the_loss_changes_no_parameter() -> None:
     model = make_model(kl_coef=0)
-    before = copy.deepcopy(model.policy.state_dict())
+    before = {name: p.clone() for name, p in model.policy.named_parameters()}
 
     def poison(model) -> None:
         model.rollout_buffer.advantages[3, 1] = np.nan
 
     with pytest.raises(FloatingPointError, match="gradient"):
         model.learn(64, callback=AtRolloutEnd(poison))
-    for name, value in model.policy.state_dict().items():
+    for name, value in model.policy.named_parameters():
         assert value.equal(before[name]), name
 
 
@@ -265,7 +264,7 @@ def test_bfloat16_starts_the_update_from_what_it_will_compute() -> None:
     model.learn(128, callback=AtRolloutEnd(compare))
     assert max(errors) < 0.05
     assert model.policy.lm.get_input_embeddings().weight.equal(frozen)
-    assert all(p.dtype == th.float32 for p in model.policy.parameters())
+    assert all(p.dtype == th.float32 for p in model.policy.parameters() if p.requires_grad)
     shared = {p.data_ptr() for p in model.reference.parameters()}
     assert model.policy.lm.get_input_embeddings().weight.data_ptr() in shared
 
@@ -318,6 +317,67 @@ def test_learns_to_write_a(algorithm) -> None:
     model = make_model(env=make_env(16), algorithm=algorithm, **settings)
     model.learn(16 * 16 * 25)
     assert np.mean([e["r"] for e in model.ep_info_buffer]) > 4
+
+
+def test_the_ref_kl_of_a_broken_off_episode_is_not_carried_into_the_next_learn() -> None:
+    model = make_model(n_steps=4, n_epochs=1, env=make_env(4, prompts=[">"]))
+    model.learn(16)
+    assert np.abs(model._open_kl).max() >= 0
+    model._open_kl[:] = 100.0
+    kept = []
+    model.learn(
+        32, callback=AtRolloutEnd(lambda m: kept.extend(e["ref_kl"] for e in m.finished_episodes))
+    )
+    assert kept and max(np.abs(kept)) < 50
+
+
+def test_written_episodes_have_the_kl_of_what_was_allowed() -> None:
+    """Policy and reference differ in EOS only, which is masked throughout: their KL is 0."""
+    lm = tiny_gpt2(9)
+    env = text_env.TextVecEnv(
+        num_envs=8, autoreset=False, **arguments(min_new_tokens=6, max_new_tokens=6)
+    )
+    model = make_model(env=make_env(8), lm=lm)
+    model.policy.allowed_tokens.copy_(th.from_numpy(np.array(env.allowed_tokens)))
+    other = tiny_gpt2(9)
+    with th.no_grad():
+        other.lm_head.weight = th.nn.Parameter(lm.lm_head.weight.clone())
+        other.lm_head.weight[7] *= -30
+    for greedy in (False, True):
+        for ref, least, most in ((other, -1e-4, 1e-4), (tiny_gpt2(9, seed=5), 1e-2, 100)):
+            reference = Reference(ref, model.policy)
+            episodes = write_episodes(model.policy, env, reference, deterministic=greedy)
+            assert len(episodes) == 8 and {e["n_tokens"] for e in episodes} == {6}
+            if greedy:
+                assert all(0 < e["ref_kl"] < 6 * np.log(9) * 2 for e in episodes)
+            else:
+                assert all(least <= e["ref_kl"] <= most for e in episodes)
+
+
+def test_the_vocabulary_restriction_survives_saving(tmp_path) -> None:
+    model = make_model(env=make_env(4, allowed_token_ids=[0, 1]))
+    model.learn(64)
+    model.save(tmp_path / "model")
+    loaded = TokenPPO.load(tmp_path / "model", device="cpu")
+    obs = np.tile(model._last_obs[:1], (300, 1))
+    assert set(loaded.predict(obs)[0].tolist()) <= {0, 1, 7}
+    model.set_env(make_env(4, allowed_token_ids=[2, 3]))
+    model.learn(64)
+    assert set(model.predict(obs)[0].tolist()) <= {2, 3, 7}
+
+
+def test_a_live_reference_model_is_not_pickled_nor_frozen_by_mistake(tmp_path) -> None:
+    model = make_model(ref_lm=tiny_gpt2(9, seed=4))
+    assert not isinstance(model.ref_lm, th.nn.Module)
+    lm = tiny_gpt2(9)
+    with pytest.raises(ValueError, match="another model than the policy's"):
+        make_model(lm=lm, ref_lm=lm)
+
+
+def test_an_environment_that_holds_rows_needs_whole_episodes() -> None:
+    env = text_env.TextVecEnv(num_envs=2, autoreset=False, **arguments())
+    with pytest.raises(ValueError, match="whole_episodes=True"):
+        make_model(env=env, n_steps=8).learn(64)
 
 
 def test_min_new_tokens_is_obeyed_in_sampling_and_update() -> None:

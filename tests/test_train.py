@@ -1,6 +1,7 @@
 """The command line: every stage on a user's own files and tiny local models, and its refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,18 +109,58 @@ def test_the_run_folder_holds_what_the_readme_says(finished, capsys) -> None:
     assert (finished / "curves.png").stat().st_size > 10_000
     found = json.loads((finished / "evaluation.json").read_text())
     assert set(found["measures"]) == {"warm start", "policy", "warm start, greedy", "best of 2"}
+    assert found["judge_scale"] == [0, 3] and "0 to 3" in report
     assert found["measures"]["warm start"]["ref_kl"][0] == pytest.approx(0, abs=1e-5)
     assert found["measures"]["policy"]["ref_kl"][0] > 0
 
 
 def test_a_stage_never_replaces_results_unasked(finished, own, capsys) -> None:
-    line = f"evaluate --run {finished} --prompts {own}/prompts.txt --max_new_tokens 4 --best_of 1"
+    line = f"evaluate --run {finished} --prompts {own}/prompts.txt --max_new_tokens 8 --best_of 1"
     before = (finished / "report.md").read_bytes()
     assert train.main(line.split()) == 1
     assert "exist already" in capsys.readouterr().err
     assert (finished / "report.md").read_bytes() == before
+    assert yaml.safe_load((finished / "config-evaluate.yaml").read_text())["best_of"] == 2
     assert train.main([*line.split(), "--overwrite", "true"]) == 0
     assert (finished / "report.md").read_bytes() != before
+
+
+def test_a_stage_that_fails_keeps_what_was_there(finished, own, capsys) -> None:
+    before = (finished / "policy/model.safetensors").read_bytes()
+    line = f"ppo --run {finished} --overwrite true --prompts {own}/nothing.txt"
+    assert train.main(line.split()) == 1
+    assert "nothing.txt" in capsys.readouterr().err
+    assert (finished / "policy/model.safetensors").read_bytes() == before
+    assert not (finished / "ppo.unfinished").exists()
+
+
+def test_a_run_can_go_on_from_its_own_policy(finished, own, tmp_path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    before = (again / "policy/model.safetensors").read_bytes()
+    line = (
+        f"ppo --run {again} --policy {again}/policy --prompts {own}/prompts.txt --overwrite true "
+        "--max_new_tokens 8 --total_timesteps 64 --n_envs 4 --n_steps 16 --batch_size 64 --device cpu --dtype float32"
+    )
+    assert train.main(line.split()) == 0
+    assert (again / "policy/model.safetensors").read_bytes() != before
+
+
+def test_interrupted_training_leaves_its_log(finished, own, tmp_path, monkeypatch) -> None:
+    from agents import SampleTextCallback
+
+    def interrupt(self) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SampleTextCallback, "_on_rollout_end", interrupt)
+    again = tmp_path / "again"
+    again.mkdir()
+    line = (
+        f"ppo --run {again} --policy {finished}/sft --reward_model {finished}/reward_model "
+        f"--prompts {own}/prompts.txt --device cpu --dtype float32 --n_envs 4"
+    )
+    assert train.main(line.split()) == 130
+    assert (again / "ppo.unfinished").exists() and not (again / "policy").exists()
 
 
 def test_a_saved_config_repeats_the_stage(finished, own, tmp_path) -> None:
@@ -139,6 +180,16 @@ BAD = {
         "sft --model no/such-model --texts {own}/texts.txt",
         "'no/such-model'",
     ),
+    "other vocabulary in sft": ("sft --model {own}/mixed --texts {own}/texts.txt", "vocabulary"),
+    "no updates": (
+        "sft --model {own}/lm --texts {own}/texts.txt --max_steps 0",
+        "at least one update",
+    ),
+    "text too long for the model": (
+        "ppo --policy {own}/lm --prompts {own}/prompts.txt --max_new_tokens 200",
+        "has positions for",
+    ),
+    "truncated weights": ("ppo --policy {own}/cut --prompts {own}/prompts.txt", "causal LM"),
     "other vocabulary": ("ppo --policy {own}/mixed --prompts {own}/prompts.txt", "vocabulary"),
     "empty prompts": ("ppo --policy {own}/lm --prompts {own}/empty.txt", "at least one prompt"),
     "malformed line": ("ppo --policy {own}/lm --prompts {own}/broken.jsonl", "line 2"),
@@ -155,6 +206,10 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(name, own, tmp_path, cap
     if not (own / "mixed").exists():
         tiny_llama(50).save_pretrained(own / "mixed")
         PreTrainedTokenizerFast.from_pretrained(own / "lm").save_pretrained(own / "mixed")
+    if not (own / "cut").exists():
+        shutil.copytree(own / "lm", own / "cut")
+        weights = (own / "cut/model.safetensors").read_bytes()
+        (own / "cut/model.safetensors").write_bytes(weights[:1000])
     line, message = BAD[name]
     run = tmp_path / "run"
     arguments = [*line.format(own=own).split(), "--run", str(run)]
@@ -163,7 +218,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(name, own, tmp_path, cap
     assert train.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error.splitlines()[0] and "error: " in error
-    assert [p.name for p in run.iterdir() if not p.name.startswith("config")] == []
+    assert list(run.iterdir()) == []
 
 
 def test_help_is_instant_and_imports_no_torch() -> None:
@@ -196,11 +251,6 @@ def test_the_islands_never_import_one_another() -> None:
                     if other != island:
                         stripped = line.strip()
                         assert not stripped.startswith((f"import {other}", f"from {other}")), file
-
-
-def test_the_default_split_puts_no_text_into_two_parts() -> None:
-    parts = train.SHARES
-    assert sum(parts.values()) == pytest.approx(1)
 
 
 @pytest.mark.network

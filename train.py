@@ -317,9 +317,7 @@ def ppo(common: Common, settings: PPO) -> None:
         model = TokenPPO(
             "CausalLMPolicy",
             env,
-            learning_rate=lambda progress: (
-                settings.learning_rate * min(progress, 5 * (1 - progress))
-            ),
+            learning_rate=partial(warm_up_and_decay, settings.learning_rate),
             n_steps=settings.n_steps,
             batch_size=settings.batch_size,
             n_epochs=settings.n_epochs,

@@ -140,7 +140,8 @@ def test_a_run_can_go_on_from_its_own_policy(finished, own, tmp_path) -> None:
     before = (again / "policy/model.safetensors").read_bytes()
     line = (
         f"ppo --run {again} --policy {again}/policy --prompts {own}/prompts.txt --overwrite true "
-        "--max_new_tokens 8 --total_timesteps 64 --n_envs 4 --n_steps 16 --batch_size 64 --device cpu --dtype float32"
+        "--max_new_tokens 8 --total_timesteps 64 --n_envs 4 --n_steps 16 --batch_size 64 "
+        "--device cpu --dtype float32"
     )
     assert train.main(line.split()) == 0
     assert (again / "policy/model.safetensors").read_bytes() != before

@@ -66,7 +66,7 @@ def warm_start(
     learning_rate: float = 1e-4,
     trainable_layers: int | None = None,
     dtype: str = "float32",
-    held_out: int = 200,
+    held_out: int = 100,
     seed: int = 0,
     progress_bar: bool = False,
 ) -> SFTReport:

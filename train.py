@@ -8,6 +8,7 @@ Every stage reads what the ones before left in the run folder and adds its own p
 can be given by hand instead. Nothing heavy is imported before the arguments are parsed.
 """
 
+import gc
 import json
 import logging
 import os
@@ -550,6 +551,7 @@ def set_up(common: Common) -> None:
     import transformers
     from stable_baselines3.common.utils import set_random_seed
 
+    gc.collect()  # an earlier stage's models hang in reference cycles
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if common.threads is not None:
@@ -666,7 +668,8 @@ def judged_rollouts(judge: "LearnedRewardModel") -> "BaseCallback":
         def _on_rollout_end(self) -> None:
             episodes = getattr(self.model, "finished_episodes", [])
             if episodes:
-                ratings = judge.human_scale(*texts_of(episodes[:32]))
+                some = episodes[:: max(1, len(episodes) // 64)]
+                ratings = judge.human_scale(*texts_of(some))
                 self.logger.record("rollout/judge_mean", float(ratings.mean()))
 
     return JudgedRollouts()
@@ -737,6 +740,7 @@ def write_all(
             lambda _: 0.0,
             lm=lm,
             temperature=temperature,
+            trainable_layers=0,
             dtype=dtype_of(common),
         ).to(device_of(common))
         model.allowed_tokens.copy_(model.allowed_tokens.new_tensor(np.array(env.allowed_tokens)))

@@ -171,6 +171,8 @@ class TokenPPO(PPO):
         """Build buffer and policy as SB3 does, then the reference."""
         super()._setup_model()
         self.rollout_buffer.before_advantages = self._finish_rollout
+        if self.env is not None:
+            self._allow_tokens_of(self.env)
         if self.kl.coef > 0 or self.ref_lm is not None:
             if self.ref_lm is self.policy.lm:
                 raise ValueError(
@@ -208,9 +210,7 @@ class TokenPPO(PPO):
         n_rollout_steps: int,
     ) -> bool:
         """Collect `n_rollout_steps` tokens per row by SB3's loop; its arguments and result."""
-        if env.has_attr("allowed_tokens"):
-            allowed = np.array(env.get_attr("allowed_tokens")[0], dtype=bool)
-            self.policy.allowed_tokens.copy_(th.from_numpy(allowed))
+        self._allow_tokens_of(env)
         masks = ActionMasks(env, self.device) if env.has_attr("action_masks") else None
         self.policy.action_masks = self.rollout_buffer.action_masks = masks
         self.finished_episodes = []
@@ -219,6 +219,12 @@ class TokenPPO(PPO):
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         self._open_kl[self._last_episode_starts] = 0
         return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+
+    def _allow_tokens_of(self, env: VecEnv) -> None:
+        """Let the policy choose the tokens that the environment ever allows, if it says so."""
+        if env.has_attr("allowed_tokens"):
+            allowed = np.array(env.get_attr("allowed_tokens")[0], dtype=bool)
+            self.policy.allowed_tokens.copy_(th.from_numpy(allowed))
 
     def _update_info_buffer(
         self, infos: list[dict[str, Any]], dones: np.ndarray | None = None

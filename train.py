@@ -267,8 +267,9 @@ def reward(common: Common, settings: Reward) -> None:
                 seed=seed,
                 progress_bar=True,
             )
-            texts = [text for record in records for text in record.texts][:REFERENCE_TEXTS]
-            what = f"the first {len(texts)} texts of {file.name}"
+            texts = [text for record in records for text in record.texts]
+            texts = texts[:: max(1, len(texts) // REFERENCE_TEXTS)]  # files may be in some order
+            what = f"{len(texts)} texts of {file.name}"
             model.normalize([""] * len(texts), texts, what)
             model.save(made / name)
             facts[name] = asdict(report)
@@ -405,7 +406,7 @@ SHARES = {"language": 0.31, "reward_model": 0.32, "judge": 0.32, "test": 0.05}
 PROMPT_WORDS = 4
 """Words of a sentence that are given as a prompt."""
 REFERENCE_TEXTS = 500
-"""Texts on which a reward model's scores are brought to mean 0 and SD 1."""
+"""Texts, about, on which a reward model's scores are brought to mean 0 and SD 1."""
 LEAST_WORDS = 9
 """Shorter sentences make no prompt: too little would be left to write."""
 

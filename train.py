@@ -53,7 +53,7 @@ class Common:
     """Where models compute: auto, cpu, cuda, mps."""
     dtype: str = "auto"
     """What the LM computes in: float32, bfloat16, or auto (bfloat16 where the hardware has it).
-    Weights and log-probabilities are float32 either way."""
+    What learns, the head and log-probabilities are float32 either way."""
     overwrite: bool = False
     """Replace results of an earlier run of the stage."""
 

@@ -28,8 +28,8 @@ class TokenModel(nn.Module):
         vocab_size: V, the tokenizer's; a model's further rows (padding) are never looked at.
         temperature: Divides the logits.
         allowed_tokens: (V,) bool; the others have probability 0, always.
-        dtype: What whole sequences are computed in: float32, or bfloat16 by autocast. Weights
-            and log-probabilities are float32 either way.
+        dtype: What whole sequences are computed in: float32, or bfloat16 by autocast. What
+            learns and log-probabilities are float32 either way.
     """
 
     lm: PreTrainedModel

@@ -7,6 +7,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
+from torch.nn.utils.rnn import pad_sequence
 
 from agents.masks import ActionMasks
 from agents.sequences import PAD, TokenBatch, pad_right, token_minibatches
@@ -86,6 +87,7 @@ class TokenRolloutBuffer(RolloutBuffer):
             setattr(self, name, np.zeros(shape, dtype=np.float32))
         self._contexts: dict[tuple[int, int], np.ndarray] = {}
         self.segments: list[Segment] = []
+        self._frozen: list[th.Tensor] = []
         self._first_minibatch = True
         self.pos = 0
         self.full = False
@@ -184,18 +186,33 @@ class TokenRolloutBuffer(RolloutBuffer):
             Batches, each with the places of its packed tokens in the buffer's arrays: (2, N)
             int, steps and rows.
         """
-        n_tokens = np.array([segment.n_tokens for segment in self.segments])
         masks = None if self.action_masks is None else self.action_masks.table()
-        for part in token_minibatches(order, n_tokens, batch_size):
-            yield self._batch([self.segments[i] for i in part], masks)
+        for part in self._deal(order, batch_size):
+            yield self._batch(part, masks)
+
+    def keep_frozen(self, run: Callable[[TokenBatch], list[th.Tensor]], batch_size: int) -> None:
+        """Run each sequence through layers that do not learn; batches bring the states from now.
+
+        Args:
+            run: Gives the states (length, H) of each sequence of a batch.
+            batch_size: Tokens to run at a time, about.
+        """
+        states: dict[int, th.Tensor] = {}
+        for part in self._deal(self.by_length(), batch_size):
+            batch, _ = self._batch(part, None)
+            states.update(zip(part.tolist(), run(batch), strict=True))
+        self._frozen = [states[i] for i in range(len(self.segments))]
+
+    def _deal(self, order: np.ndarray, batch_size: int) -> list[np.ndarray]:
+        n_tokens = np.array([segment.n_tokens for segment in self.segments])
+        return token_minibatches(order, n_tokens, batch_size)
 
     def by_length(self) -> np.ndarray:
         """Return the order of the segments from the shortest sequence to the longest."""
         return np.argsort([len(s.context) + s.n_tokens for s in self.segments], kind="stable")
 
-    def _batch(
-        self, segments: list[Segment], masks: th.Tensor | None
-    ) -> tuple[TokenBatch, np.ndarray]:
+    def _batch(self, part: np.ndarray, masks: th.Tensor | None) -> tuple[TokenBatch, np.ndarray]:
+        segments = [self.segments[i] for i in part]
         ids = [
             np.concatenate((s.context, self.actions[s.start : s.end - 1, s.row])) for s in segments
         ]
@@ -215,6 +232,9 @@ class TokenRolloutBuffer(RolloutBuffer):
             mask_id=None if masks is None else self.to_torch(self.mask_ids[tuple(index)]).long(),
             masks=masks,
         )
+        if self._frozen:
+            states = [self._frozen[i] for i in part]
+            batch = batch._replace(frozen=pad_sequence(states, batch_first=True))
         return batch, index
 
     def _cut(self) -> list[Segment]:

@@ -51,6 +51,11 @@ class SlotLayer(DynamicLayer):
         """Return how many keys the new token meets, and their offset."""
         return self.get_seq_length() + query_length, 0
 
+    def keep(self, slots: th.Tensor) -> None:
+        """Drop all slots but these, (k,) int64."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys[slots], self.values[slots]
+
     def move(self, end: int) -> None:
         """Shift the window's contents so that it ends before column `end`."""
         if self.is_initialized:
@@ -72,8 +77,14 @@ class CachedDecoder:
     A row whose observation is the one seen last plus one token is continued; a batch seen
     before is answered from memory; any other row is prefilled into the columns that its finished
     episode leaves behind. Rows never wait for one another, and no row's result depends on
-    another's.
+    another's. A row of nothing but -1 is held: its state is 0, and once a quarter of the slots
+    belong to held rows, these slots are dropped.
     """
+
+    _shape: th.Size  # of the observation batch
+    _rows: th.Tensor  # (n_slots,) int64, the row of each slot
+    _length: th.Tensor  # (n_slots,) int64, tokens seen
+    _first: th.Tensor  # (n_slots,) int64, the first column that each slot uses
 
     def __init__(self, lm: PreTrainedModel, dtype: th.dtype = th.float32) -> None:
         """Decode with `lm`, or with a copy of its weights in another dtype.
@@ -130,44 +141,79 @@ class CachedDecoder:
 
     def fits(self, ids: th.Tensor) -> bool:
         """Say whether the batch has the shape of the one that is held (or none is held)."""
-        return self._ids is None or self._ids.shape == ids.shape
+        return self._ids is None or ids.shape == self._shape
 
     @th.no_grad()
     def hidden(self, ids: th.Tensor) -> th.Tensor:
         """Return each row's last hidden state.
 
         Args:
-            ids: (n_rows, L) int64 observations, right-padded with -1, no row empty.
+            ids: (n_rows, L) int64 observations, right-padded with -1.
 
         Returns:
-            (n_rows, H), the hidden state at each row's last token.
+            (n_rows, H), the hidden state at each row's last token; 0 for a held row.
         """
-        if self._ids is not None and self._ids.shape == ids.shape:
-            if self._hidden is not None and bool((self._ids == ids).all()):
-                return self._hidden
-        else:
-            self._begin(ids)
+        live = ids[:, 0] != PAD
+        rows = live.nonzero()[:, 0]
+        if len(rows) == 0:
+            size = self.lm.config.get_text_config().hidden_size
+            return th.zeros(len(ids), size, dtype=self._dtype, device=ids.device)
+        if self._ids is None or not self._fits(ids, live):
+            self._begin(ids, rows)
+        elif len(rows) <= 0.75 * len(self._rows):
+            self._drop_held(live)
+        found = self._hidden_of(ids[self._rows])
+        whole = found.new_zeros(len(ids), found.shape[1])
+        whole[self._rows] = found
+        return whole.masked_fill_(~live[:, None], 0)
+
+    def _fits(self, ids: th.Tensor, live: th.Tensor) -> bool:
+        """Say whether the batch has the shape that is held, and a slot for each live row."""
+        if ids.shape != self._shape:
+            return False
+        slots = th.zeros_like(live)
+        slots[self._rows] = True
+        return not bool((live & ~slots).any())
+
+    def _drop_held(self, live: th.Tensor) -> None:
+        """Keep only the slots of live rows."""
+        kept = live[self._rows].nonzero()[:, 0]
+        self._rows, self._length, self._first = (
+            x[kept] for x in (self._rows, self._length, self._first)
+        )
+        self._ids = None if self._ids is None else self._ids[kept]
+        self._hidden = None if self._hidden is None else self._hidden[kept]
+        for layer in self._layers:
+            layer.keep(kept)
+
+    def _hidden_of(self, ids: th.Tensor) -> th.Tensor:
+        """Return the last hidden states of rows that have slots: (n_slots, L) to (n_slots, H)."""
+        assert self._ids is not None
+        ids[ids[:, 0] == PAD, 0] = 0  # any token: what comes of it is not used
+        if self._hidden is not None and bool((self._ids == ids).all()):
+            return self._hidden
         length = lengths(ids)
         fresh = ~self._continues(ids, length)
         if bool(fresh.any()):
             self._prefill(ids, length, fresh.nonzero()[:, 0])
         self._make_room(self._window.end + 1)
         self._hidden = self._decode(ids.gather(1, length[:, None] - 1), length)
-        self._ids, self._length = ids.clone(), length
+        self._ids, self._length = ids, length
         return self._hidden
 
-    def _begin(self, ids: th.Tensor) -> None:
-        """Start over with empty slots for a batch of this shape."""
+    def _begin(self, ids: th.Tensor, rows: th.Tensor) -> None:
+        """Start over with an empty slot for each of these rows of a batch of this shape."""
         self._follow()
         self._stale = False
-        n_rows, longest = ids.shape
+        n_slots, longest = len(rows), ids.shape[1]
         self._window = Window(longest + max(16, longest // 8))
         self._layers = [SlotLayer(self._window) for _ in range(self._n_layers)]
         self._cache = Cache(layers=self._layers)
-        self._ids = th.full_like(ids, PAD)
+        self._shape, self._rows = ids.shape, rows
+        self._ids = ids.new_full((n_slots, longest), PAD)
         self._hidden = None
-        self._length = ids.new_zeros(n_rows)
-        self._first = ids.new_zeros(n_rows)  # the first column that each row uses
+        self._length = ids.new_zeros(n_slots)
+        self._first = ids.new_zeros(n_slots)
 
     def _continues(self, ids: th.Tensor, length: th.Tensor) -> th.Tensor:
         """Say per row whether it is the observation seen last plus one token: (n_rows,) bool."""

@@ -189,15 +189,31 @@ class _Statistics(th.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None
 
 
+class Comparison(NamedTuple):
+    """Two distributions at N states, π and π_ref: log π(a), log π_ref(a) and KL(π‖π_ref).
+
+    All (N,) float32, in nats; the KL is the sum over the whole vocabulary.
+    """
+
+    log_prob: th.Tensor
+    ref_log_prob: th.Tensor
+    kl: th.Tensor
+
+
 @th.no_grad()
-def exact_kl(hidden: th.Tensor, ref_hidden: th.Tensor, head: Head, ref_head: Head) -> th.Tensor:
-    """Sum p·(log p − log q) over the vocabulary at N states: (N, H) twice to (N,) nats."""
-    kl = hidden.new_empty(len(hidden), dtype=th.float32)
+def compare(
+    hidden: th.Tensor, ref_hidden: th.Tensor, tokens: th.Tensor, head: Head, ref_head: Head
+) -> Comparison:
+    """Compare two models at N states, (N, H) each, and tokens (N,), a few rows at a time."""
+    places = head.places(tokens)
+    found = Comparison(*hidden.new_empty(3, len(hidden), dtype=th.float32))
     for part in pieces(len(hidden), len(head.weight)):
         log_p = log_softmax_(head.logits(hidden[part], part))
         log_q = log_softmax_(ref_head.logits(ref_hidden[part], part))
-        kl[part] = (log_p.exp() * (log_p - log_q)).sum(dim=1)
-    return kl
+        found.log_prob[part] = log_p.gather(1, places[part, None])[:, 0]
+        found.ref_log_prob[part] = log_q.gather(1, places[part, None])[:, 0]
+        found.kl[part] = log_q.sub_(log_p).mul_(log_p.exp_()).sum(dim=1).neg_()
+    return found
 
 
 def log_softmax_(logits: th.Tensor) -> th.Tensor:

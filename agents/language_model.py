@@ -4,7 +4,6 @@ What the policy and its frozen reference have in common: loading, the temperatur
 that are never allowed, and whole sequences in one forward pass. No values, no optimizer.
 """
 
-import copy
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,7 +12,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from agents.heads import Head, TokenStatistics, exact_kl, token_statistics
+from agents.frozen_layers import go_on_from, round_frozen, run_frozen, shares_layers
+from agents.heads import Comparison, Head, TokenStatistics, compare, token_statistics
 from agents.sequences import TokenBatch, lengths, similar_lengths
 
 LM: TypeAlias = str | Path | PreTrainedModel | PreTrainedConfig
@@ -30,6 +30,7 @@ class TokenModel(nn.Module):
         allowed_tokens: (V,) bool; the others have probability 0, always.
         dtype: What whole sequences are computed in: float32, or bfloat16 by autocast. What
             learns and log-probabilities are float32 either way.
+        n_frozen: Layers, with all before them, whose states a `TokenBatch` may bring along.
     """
 
     lm: PreTrainedModel
@@ -37,6 +38,7 @@ class TokenModel(nn.Module):
     temperature: float
     allowed_tokens: th.Tensor
     dtype: th.dtype = th.float32
+    n_frozen: int = 0
 
     @property
     def body(self) -> PreTrainedModel:
@@ -54,10 +56,7 @@ class TokenModel(nn.Module):
         """Run whole sequences, some of like length at a time; return each token's state, (N, H)."""
         length, states, places = lengths(batch.ids), [], []
         for rows in similar_lengths(length):
-            # Right padding needs no attention mask under causal attention, and no position ids.
-            ids = batch.ids[rows, : int(length[rows].max())].clamp(min=0)
-            with self.autocast():
-                hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = self._run(batch, rows, int(length[rows].max()))
             within = th.full_like(length, -1)
             within[rows] = th.arange(len(rows), device=rows.device)
             place = (within[batch.row] >= 0).nonzero()[:, 0]
@@ -65,17 +64,33 @@ class TokenModel(nn.Module):
             places.append(place)
         return th.cat(states)[th.cat(places).argsort()]
 
+    def _run(self, batch: TokenBatch, rows: th.Tensor, longest: int) -> th.Tensor:
+        """Run some sequences, cut to the longest, and return their states (b, longest, H)."""
+        # Right padding needs no attention mask under causal attention, and no position ids.
+        ids = batch.ids[rows, :longest].clamp(min=0)
+        with self.autocast():
+            if batch.frozen is None or self.n_frozen == 0:
+                return self.body(input_ids=ids, use_cache=False).last_hidden_state
+            return go_on_from(self.body, self.n_frozen, batch.frozen[rows, :longest], ids)
+
+    def run_frozen(self, batch: TokenBatch) -> list[th.Tensor]:
+        """Return what the layers that do not learn make of each sequence: B times (length, H)."""
+        length = lengths(batch.ids)
+        with self.autocast():
+            states = run_frozen(self.body, self.n_frozen, batch.ids.clamp(min=0))
+        return [row[:n] for row, n in zip(states, length.tolist(), strict=True)]
+
     def token_statistics(
         self, batch: TokenBatch, hidden: th.Tensor, actions: th.Tensor
     ) -> TokenStatistics:
         """Return log-probability and entropy of the trained tokens, both (N,) in nats."""
         return token_statistics(hidden, actions, self.head(batch))
 
-    def exact_kl(self, batch: TokenBatch, reference: "TokenModel") -> th.Tensor:
-        """Sum π·(log π − log π_ref) over the vocabulary at the state of each token: (N,) nats."""
-        with th.no_grad():
-            hidden, ref_hidden = self.hidden_at(batch), reference.hidden_at(batch)
-        return exact_kl(hidden, ref_hidden, self.head(batch), reference.head(batch))
+    @th.no_grad()
+    def compare(self, batch: TokenBatch, actions: th.Tensor, reference: "TokenModel") -> Comparison:
+        """Compare with another model at the state of each trained token; see `Comparison`."""
+        hidden, ref_hidden = self.hidden_at(batch), reference.hidden_at(batch)
+        return compare(hidden, ref_hidden, actions, self.head(batch), reference.head(batch))
 
     def head(self, batch: TokenBatch | None = None, lm: PreTrainedModel | None = None) -> Head:
         """Return the map from hidden states to logits.
@@ -102,6 +117,8 @@ class Reference(TokenModel):
         self.lm = lm
         self.vocab_size, self.temperature = policy.vocab_size, policy.temperature
         self.dtype = policy.dtype
+        if policy.n_frozen and shares_layers(lm.base_model, policy.body, policy.n_frozen):
+            self.n_frozen = policy.n_frozen
         self.register_buffer("allowed_tokens", policy.allowed_tokens, persistent=False)
         self.requires_grad_(False).eval()
         round_frozen(self.lm, self.dtype)
@@ -142,12 +159,6 @@ def load_named(lm: str) -> PreTrainedModel:
         ) from error
 
 
-def frozen_copy(lm: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model; parameters that do not learn are shared rather than copied."""
-    shared = {id(p): p for p in lm.parameters() if not p.requires_grad}
-    return copy.deepcopy(lm, shared).requires_grad_(False)
-
-
 def check_fit(lm: PreTrainedModel, vocab_size: int) -> None:
     """Require that head(body(ids)) is the model, and that every token is one of it.
 
@@ -174,44 +185,6 @@ def check_fit(lm: PreTrainedModel, vocab_size: int) -> None:
             f"{name} scales or caps its logits after the head, which is not supported: "
             "expected logits = head(last hidden state)"
         )
-
-
-def freeze_below(lm: PreTrainedModel, trainable_layers: int | None) -> None:
-    """Let only the last layers, all if there are no more, and the final norm of `lm` learn.
-
-    None lets all of it learn, embeddings included.
-
-    Raises:
-        ValueError: If the number is negative, or the model has no stack of layers.
-    """
-    if trainable_layers is None:
-        return
-    parts = list(lm.base_model.children())
-    place = next((i for i, part in enumerate(parts) if isinstance(part, nn.ModuleList)), None)
-    n_layers = 0 if place is None else len(parts[place])
-    if place is None or trainable_layers < 0:
-        raise ValueError(
-            f"expected trainable_layers >= 0 of the {n_layers} layers of {type(lm).__name__}, "
-            f"got {trainable_layers}"
-        )
-    lm.requires_grad_(False)
-    # What stands behind the stack of layers works on its output: the final norm.
-    first = max(0, n_layers - trainable_layers)
-    for part in [*parts[place][first:], *parts[place + 1 :]]:
-        part.requires_grad_(True)
-
-
-def round_frozen(lm: PreTrainedModel, dtype: th.dtype) -> None:
-    """Keep the matrices that do not learn in the dtype they are computed in.
-
-    Autocast would round them anew at every forward pass. Embeddings (and so the head) and norms
-    stay as they are.
-    """
-    looked_up = [m for m in lm.modules() if isinstance(m, nn.Embedding)]
-    kept = {id(module.weight) for module in [*looked_up, lm.get_output_embeddings()]}
-    for parameter in lm.parameters():
-        if not parameter.requires_grad and parameter.ndim > 1 and id(parameter) not in kept:
-            parameter.data = parameter.data.to(dtype)
 
 
 def check_positions(lm: PreTrainedModel, longest: int) -> None:

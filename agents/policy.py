@@ -16,15 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from agents.decoder import CachedDecoder
+from agents.frozen_layers import freeze_below, round_frozen
 from agents.heads import log_prob_of, mask_logits_, sample
-from agents.language_model import (
-    LM,
-    TokenModel,
-    check_positions,
-    freeze_below,
-    load_lm,
-    round_frozen,
-)
+from agents.language_model import LM, TokenModel, check_positions, load_lm
 from agents.masks import ActionMasks
 from agents.sequences import PAD, TokenBatch, one_state_per_row
 
@@ -98,7 +92,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         self.trainable_layers = trainable_layers
         self.lm = load_lm(lm, self.vocab_size)
         check_positions(self.lm, observation_space.shape[0])
-        freeze_below(self.lm, trainable_layers)
+        self.n_frozen = freeze_below(self.lm, trainable_layers)
         self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -248,11 +242,11 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
     def _last_hidden(self, obs: th.Tensor) -> tuple[th.Tensor, PreTrainedModel]:
         """Return the state at the last token of each row, (n, H), and the model that made it."""
         ids = obs.long()
-        held = ids[:, 0] == PAD
-        if bool(held.any()):
-            ids = ids.clone()
-            ids[held, 0] = 0  # any token: what comes of it is not used
         if th.is_grad_enabled() or not self.decoder.fits(ids):
+            held = ids[:, 0] == PAD
+            if bool(held.any()):
+                ids = ids.clone()
+                ids[held, 0] = 0  # any token: what comes of it is not used
             return self.hidden_at(one_state_per_row(ids)), self.lm
         # Optimizers announce a step; loading, and writing into a parameter by hand, show here.
         weights = sum(p._version for p in self.body.parameters())

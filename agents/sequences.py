@@ -28,6 +28,7 @@ class TokenBatch(NamedTuple):
         old_log_prob: (N,) float32, log-probabilities (nats) under the policy that sampled the
             tokens. Only the first minibatch after a rollout carries them: there they must be
             met again.
+        frozen: (B, L, H), the sequences' states after the layers that do not learn; or None.
     """
 
     ids: th.Tensor
@@ -36,6 +37,7 @@ class TokenBatch(NamedTuple):
     mask_id: th.Tensor | None = None
     masks: th.Tensor | None = None
     old_log_prob: th.Tensor | None = None
+    frozen: th.Tensor | None = None
 
 
 def lengths(ids: th.Tensor) -> th.Tensor:

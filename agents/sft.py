@@ -21,8 +21,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from agents.frozen_layers import freeze_below
 from agents.heads import Head
-from agents.language_model import TokenModel, check_fit, check_positions, freeze_below
+from agents.language_model import TokenModel, check_fit, check_positions
 from agents.sequences import TokenBatch, pad_right
 
 

@@ -18,9 +18,9 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.buffer import TokenRolloutBuffer
-from agents.heads import exact_kl
+from agents.frozen_layers import frozen_copy
 from agents.kl import KLController, kl_estimates
-from agents.language_model import LM, Reference, frozen_copy, load_lm
+from agents.language_model import LM, Reference, load_lm
 from agents.masks import ActionMasks
 from agents.policy import CausalLMPolicy
 from agents.sequences import PAD
@@ -278,6 +278,8 @@ class TokenPPO(PPO):
             over the whole rollout in bfloat16, over its shortest sequences else.
         """
         policy, reference, buffer = self.policy, self.reference, self.rollout_buffer
+        if policy.n_frozen:
+            buffer.keep_frozen(policy.run_frozen, self.batch_size)
         rounded = policy.dtype != th.float32
         ref_log_probs = np.zeros_like(buffer.log_probs)
         exact: list[th.Tensor] = []
@@ -286,17 +288,20 @@ class TokenPPO(PPO):
         for batch, index in buffer.batches(buffer.by_length(), self.batch_size):
             at = tuple(index)
             actions = buffer.to_torch(buffer.actions[at]).long()
-            hidden = policy.hidden_at(batch) if rounded or not exact else None
-            if rounded and hidden is not None:
-                found = policy.token_statistics(batch, hidden, actions)
-                buffer.log_probs[at] = found.log_prob.cpu().numpy()
-            if reference is not None:
-                ref_hidden = reference.hidden_at(batch)
-                found = reference.token_statistics(batch, ref_hidden, actions)
-                ref_log_probs[at] = found.log_prob.cpu().numpy()
-                if hidden is not None:
-                    heads = policy.head(batch), reference.head(batch)
-                    exact.append(exact_kl(hidden, ref_hidden, *heads))
+            log_prob, ref_log_prob = None, None
+            if reference is None:
+                hidden = policy.hidden_at(batch)
+                log_prob = policy.token_statistics(batch, hidden, actions).log_prob
+            elif rounded or not exact:
+                log_prob, ref_log_prob, kl = policy.compare(batch, actions, reference)
+                exact.append(kl)
+            else:
+                hidden = reference.hidden_at(batch)
+                ref_log_prob = reference.token_statistics(batch, hidden, actions).log_prob
+            if rounded and log_prob is not None:
+                buffer.log_probs[at] = log_prob.cpu().numpy()
+            if ref_log_prob is not None:
+                ref_log_probs[at] = ref_log_prob.cpu().numpy()
         return ref_log_probs, float(th.cat(exact).mean()) if exact else 0.0
 
     def _sum_per_episode(self, log_ratio: np.ndarray) -> None:

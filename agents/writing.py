@@ -92,12 +92,9 @@ def _divergence(
             step = np.concatenate([np.arange(count) for count in counts])
             mask_id = th.as_tensor(masks[0][step, part[row]], device=device).long()
             batch = batch._replace(mask_id=mask_id, masks=masks[1])
-        if deterministic:
-            tokens = batch.ids[batch.row, batch.position + 1]
-            hidden = reference.hidden_at(batch)
-            per_token = -reference.token_statistics(batch, hidden, tokens).log_prob
-        else:
-            per_token = policy.exact_kl(batch, reference)
+        tokens = batch.ids[batch.row, batch.position + 1]
+        compared = policy.compare(batch, tokens, reference)
+        per_token = -compared.ref_log_prob if deterministic else compared.kl
         sums = np.bincount(row, weights=per_token.double().cpu().numpy(), minlength=len(part))
         for i, value in zip(part, sums, strict=True):
             found[i] = float(value)

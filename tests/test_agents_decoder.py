@@ -81,6 +81,30 @@ def test_a_restart_needs_no_more_columns_than_the_longest_row_has_tokens(make_lm
         rows.step()
 
 
+def test_held_rows_cost_no_slots_and_change_nothing(make_lm) -> None:
+    lm = make_lm(V)
+    policy, rows = make_policy(lm), Rows(8, restart=0.1)
+    decoder, held, slots = policy.decoder, th.zeros(8, dtype=th.bool), []
+    with th.no_grad():
+        for step in range(120):
+            if step % 3 == 2:  # one row after another ends; at the end all begin anew
+                held[(step // 3) % 8] = True
+                if held.all():
+                    held[:] = False
+            ids = rows.tensor()
+            ids[held] = -1
+            logits = policy.get_distribution(ids).distribution.logits
+            live = ~held
+            expected = full_log_probs(lm, ids[live])
+            th.testing.assert_close(logits[live], expected, atol=1e-5, rtol=0)
+            assert not decoder.hidden(ids)[held].any()
+            slots.append(len(decoder._rows))
+            assert int(live.sum()) <= slots[-1] <= max(1, int(live.sum()) / 0.75)
+            rows.step()
+        assert {1, 2, 8} <= set(slots)
+        assert not decoder.hidden(th.full((8, L), -1)).any()
+
+
 def test_one_new_prompt_never_changes_another_rows_distribution(make_lm) -> None:
     lm = make_lm(V)
     rows = Rows(5, restart=0)

@@ -1,0 +1,115 @@
+"""Layers that do not learn: the same numbers with one pass through them as with many."""
+
+import copy
+
+import pytest
+import torch as th
+from conftest import tiny_gpt2, tiny_llama
+from test_agents_token_ppo import make_env, make_model
+
+from agents.frozen_layers import (
+    freeze_below,
+    frozen_copy,
+    go_on_from,
+    resumes_exactly,
+    run_frozen,
+    shares_layers,
+)
+
+
+@pytest.mark.parametrize("n_frozen", [0, 1, 2])
+def test_a_stack_run_in_two_parts_gives_the_whole(make_lm, n_frozen: int) -> None:
+    body = make_lm(9, layers=3).base_model
+    ids = th.randint(0, 9, (4, 7))
+    with th.no_grad():
+        whole = body(input_ids=ids).last_hidden_state
+        states = run_frozen(body, n_frozen, ids)
+        th.testing.assert_close(go_on_from(body, n_frozen, states, ids), whole)
+    assert len(list(body.named_parameters())) == len(
+        list(make_lm(9, layers=3).base_model.named_parameters())
+    )
+
+
+def test_a_model_that_hands_more_than_states_to_its_layers_is_run_whole(monkeypatch) -> None:
+    lm = tiny_llama(9, layers=3)
+    assert freeze_below(lm, 1) == 2
+    left = []  # what the first layer leaves for the last one, past the states
+    first, last = lm.base_model.layers[0], lm.base_model.layers[2]
+    forward = last.forward
+    first.register_forward_hook(lambda *_: left.append(1.0))
+    monkeypatch.setattr(last, "forward", lambda x, *a, **k: forward(x, *a, **k) + sum(left))
+    last.register_forward_hook(lambda *_: left.clear())
+    assert not resumes_exactly(lm.base_model, 2)
+    assert freeze_below(lm, 1) == 0
+
+
+def learned(lm, shared: bool, monkeypatch, **changes) -> tuple:
+    """Two updates with the first layer of two frozen; how often that layer ran, and on what."""
+    model = make_model(
+        lm=copy.deepcopy(lm),
+        kl_coef=0.3,
+        n_epochs=3,
+        policy_kwargs={"trainable_layers": 1, **changes},
+    )
+    if not shared:
+        model.policy.n_frozen = model.reference.n_frozen = 0
+    tokens = []
+    first = model.policy.lm.base_model.get_submodule(
+        "layers" if hasattr(model.policy.body, "layers") else "h"
+    )[0]
+    run = model.policy.evaluate_actions
+
+    def count(*args):
+        handle = first.register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].shape))
+        found = run(*args)
+        handle.remove()
+        return found
+
+    monkeypatch.setattr(model.policy, "evaluate_actions", count)
+    model.learn(128)
+    logged = model.logger.name_to_value
+    return [p.detach().clone() for p in model.policy.parameters()], logged, len(tokens)
+
+
+def test_sharing_the_frozen_layers_changes_nothing_but_the_work(make_lm, monkeypatch) -> None:
+    lm = make_lm(9)
+    shared, shared_log, shared_runs = learned(lm, True, monkeypatch)
+    alone, alone_log, alone_runs = learned(lm, False, monkeypatch)
+    start = list(make_model(lm=copy.deepcopy(lm)).policy.parameters())
+    for a, b in zip(shared, alone, strict=True):
+        th.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert max(float((a - b).abs().max()) for a, b in zip(shared, start, strict=True)) > 1e-3
+    for key in ("rollout/ref_kl", "rollout/ref_kl_per_token_exact", "train/approx_kl"):
+        assert shared_log[key] == pytest.approx(alone_log[key], abs=1e-5)
+    assert shared_runs == 0 < alone_runs
+
+
+def test_a_reference_of_other_weights_runs_its_own_layers() -> None:
+    lm = tiny_gpt2(9)
+    own = make_model(lm=copy.deepcopy(lm), policy_kwargs={"trainable_layers": 1})
+    assert own.policy.n_frozen == own.reference.n_frozen == 1
+    assert shares_layers(own.policy.body, own.reference.lm.base_model, 1)
+    other = make_model(
+        lm=copy.deepcopy(lm), ref_lm=tiny_gpt2(9, seed=1), policy_kwargs={"trainable_layers": 1}
+    )
+    assert (other.policy.n_frozen, other.reference.n_frozen) == (1, 0)
+    other.learn(64)
+    whole = make_model(lm=copy.deepcopy(lm))
+    assert whole.policy.n_frozen == 0
+
+
+def test_a_frozen_copy_shares_what_does_not_learn() -> None:
+    lm = tiny_llama(9)
+    freeze_below(lm, 1)
+    twin = frozen_copy(lm)
+    same = [a is b for a, b in zip(lm.parameters(), twin.parameters(), strict=True)]
+    assert same == [not p.requires_grad for p in lm.parameters()] and True in same and False in same
+    assert not any(p.requires_grad for p in twin.parameters())
+
+
+def test_bfloat16_keeps_the_ratio_check_with_shared_layers() -> None:
+    model = make_model(
+        env=make_env(4), policy_kwargs={"trainable_layers": 1, "dtype": "bfloat16"}, kl_coef=0.1
+    )
+    model.learn(128)
+    assert model.policy.n_frozen == 1

@@ -8,6 +8,7 @@ Every stage reads what the ones before left in the run folder and adds its own p
 can be given by hand instead. Nothing heavy is imported before the arguments are parsed.
 """
 
+import ctypes
 import gc
 import json
 import logging
@@ -99,6 +100,8 @@ class Reward:
     """Records per update."""
     learning_rate: float = 2e-4
     """Highest learning rate."""
+    train_embeddings: bool = False
+    """Whether word embeddings learn too: half of the model's numbers, an eighth of the time."""
 
 
 @dataclass
@@ -116,10 +119,10 @@ class PPO:
     run's language.jsonl, or, with own `prompts`, the whole vocabulary."""
     total_timesteps: int = 15_360
     """Tokens to generate."""
-    n_envs: int = 96
+    n_envs: int = 224
     """Rows that write side by side."""
-    n_steps: int = 32
-    """Tokens per row between updates."""
+    n_steps: int | None = None
+    """Tokens per row between updates. None: one whole episode per row, whatever its length."""
     batch_size: int = 768
     """Tokens per minibatch."""
     n_epochs: int = 2
@@ -264,6 +267,7 @@ def reward(common: Common, settings: Reward) -> None:
                 epochs=settings.epochs,
                 batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
+                train_embeddings=settings.train_embeddings,
                 seed=seed,
                 progress_bar=True,
             )
@@ -307,8 +311,10 @@ def ppo(common: Common, settings: PPO) -> None:
             "temperature": settings.temperature,
             "vocabulary": str(vocabulary) if vocabulary else None,
         }
+        whole = settings.n_steps is None
         env = TextVecEnv(
             num_envs=settings.n_envs,
+            autoreset=not whole,
             tokenizer=tokenizer,
             prompts=settings.prompts or data(common) / "prompts.jsonl",
             reward_fn=LearnedRewardModel.load(reward_model, device_of(common)),
@@ -321,7 +327,8 @@ def ppo(common: Common, settings: PPO) -> None:
             "CausalLMPolicy",
             env,
             learning_rate=partial(warm_up_and_decay, settings.learning_rate),
-            n_steps=settings.n_steps,
+            n_steps=settings.n_steps or settings.max_new_tokens,
+            whole_episodes=whole,
             batch_size=settings.batch_size,
             n_epochs=settings.n_epochs,
             gae_lambda=settings.gae_lambda,
@@ -552,12 +559,19 @@ def set_up(common: Common) -> None:
     import transformers
     from stable_baselines3.common.utils import set_random_seed
 
-    gc.collect()  # an earlier stage's models hang in reference cycles
+    give_back_memory()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if common.threads is not None:
         th.set_num_threads(common.threads)
     set_random_seed(common.seed)
+
+
+def give_back_memory() -> None:
+    """Free what an earlier stage used: models hang in cycles, and glibc keeps freed memory."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def peak_memory() -> int:
@@ -1008,6 +1022,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     parsed = parser.parse_args(arguments)
     name, chosen = parsed.stage, parsed[parsed.stage]
+    # Read by OpenMP when torch is imported: threads that wait for the next of many small pieces
+    # of work spin for some microseconds, but no longer, as that would starve their neighbours.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     function, settings_type = STAGES[name]
     parts = parser.instantiate(parsed)[name]
     common = Common(**{f.name: parts[f.name] for f in fields(Common)})

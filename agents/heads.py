@@ -141,6 +141,9 @@ class _Statistics(th.autograd.Function):
     """Log p(a) and H = −Σ p·log p, with p = softmax(z), and their gradients.
 
     ∂ log p(a) / ∂z = 1_a − p   and   ∂H / ∂z = −p·(log p + H).
+
+    Where the head does not learn, ∂ log p(a) / ∂hidden = (W_a − p·W) / temperature is a vector
+    per token and computed on the way forward, so that no logits are computed twice.
     """
 
     @staticmethod
@@ -153,19 +156,27 @@ class _Statistics(th.autograd.Function):
         head: Head,
     ) -> tuple[th.Tensor, th.Tensor]:
         log_prob, entropy = hidden.new_empty(2, len(places), dtype=th.float32)
+        slope = th.empty_like(hidden) if ctx.needs_input_grad[:3] == (True, False, False) else None
+        multiplier = weight.to(head.dtype) if slope is not None else weight
         for part in pieces(len(places), len(head.weight)):
             log_p = log_softmax_(head.logits(hidden[part], part))
+            p = log_p.exp()
             log_prob[part] = log_p.gather(1, places[part, None])[:, 0]
-            entropy[part] = entropy_of(log_p)
-        ctx.save_for_backward(hidden, weight, bias, places, entropy)
+            entropy[part] = -log_p.mul_(p).sum(dim=1)
+            if slope is not None:
+                mean = p.to(head.dtype) @ multiplier
+                slope[part] = (weight[places[part]] - mean) / head.temperature
+        ctx.save_for_backward(hidden, weight, bias, places, entropy, slope)
         ctx.head = head
         return log_prob, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_log_prob: th.Tensor, d_entropy: th.Tensor) -> tuple:
-        hidden, weight, bias, places, entropy = ctx.saved_tensors
+        hidden, weight, bias, places, entropy, slope = ctx.saved_tensors
         head: Head = ctx.head
+        if slope is not None and not bool(d_entropy.any()):
+            return (d_log_prob[:, None] * slope).to(hidden.dtype), None, None, None, None
         d_hidden = th.zeros_like(hidden)
         wanted = {"weight": ctx.needs_input_grad[1], "bias": ctx.needs_input_grad[2]}
         d_weight = th.zeros_like(weight, dtype=th.float32) if wanted["weight"] else None
@@ -220,11 +231,6 @@ def log_softmax_(logits: th.Tensor) -> th.Tensor:
     """Normalise logits (n, V) to log-probabilities in place."""
     logits -= logits.logsumexp(dim=1, keepdim=True)
     return logits.clamp_(min=th.finfo(logits.dtype).min)
-
-
-def entropy_of(log_p: th.Tensor) -> th.Tensor:
-    """Return −Σ p·log p of each row of log-probabilities: (n, V) to (n,) nats."""
-    return -(log_p.exp() * log_p).sum(dim=1)
 
 
 def pieces(n_tokens: int, vocab_size: int) -> list[slice]:

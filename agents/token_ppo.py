@@ -243,6 +243,7 @@ class TokenPPO(PPO):
 
     def _finish_rollout(self) -> None:
         """Subtract the KL penalty from the rollout's rewards, and log what the rollout shows."""
+        self.policy.decoder.forget()  # its cache is the largest thing there is, and of no more use
         self._log_episodes()
         ref_log_probs, exact = self._second_look()
         if self.reference is None:

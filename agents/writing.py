@@ -93,8 +93,11 @@ def _divergence(
             mask_id = th.as_tensor(masks[0][step, part[row]], device=device).long()
             batch = batch._replace(mask_id=mask_id, masks=masks[1])
         tokens = batch.ids[batch.row, batch.position + 1]
-        compared = policy.compare(batch, tokens, reference)
-        per_token = -compared.ref_log_prob if deterministic else compared.kl
+        if deterministic:
+            hidden = reference.hidden_at(batch)
+            per_token = -reference.token_statistics(batch, hidden, tokens).log_prob
+        else:
+            per_token = policy.compare(batch, tokens, reference).kl
         sums = np.bincount(row, weights=per_token.double().cpu().numpy(), minlength=len(part))
         for i, value in zip(part, sums, strict=True):
             found[i] = float(value)

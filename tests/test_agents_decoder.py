@@ -203,8 +203,12 @@ def test_sampling_follows_the_probabilities_and_never_draws_a_masked_token() -> 
     th.testing.assert_close(share, probabilities, atol=0.01, rtol=0)  # 4 SD = 0.01
 
 
+@pytest.mark.parametrize("entropy", [0, 1])
+@pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("per_piece", [7, 50])
-def test_statistics_and_their_gradients_equal_autograds(monkeypatch, per_piece: int) -> None:
+def test_statistics_and_their_gradients_equal_autograds(
+    monkeypatch, per_piece: int, learns: bool, entropy: int
+) -> None:
     th.manual_seed(0)
     hidden, weight, bias = th.randn(50, 8), th.randn(33, 8), th.randn(33)
     tokens, mask_id = th.randint(0, 10, (50,)), th.randint(0, 2, (50,))
@@ -213,7 +217,8 @@ def test_statistics_and_their_gradients_equal_autograds(monkeypatch, per_piece: 
     monkeypatch.setattr("agents.heads.LOGITS_AT_ONCE", 25 * per_piece)
     layer = th.nn.Linear(8, 33)
     layer.weight, layer.bias = th.nn.Parameter(weight), th.nn.Parameter(bias)
-    inputs = [hidden.requires_grad_(), layer.weight, layer.bias]
+    layer.requires_grad_(learns)
+    inputs = [hidden.requires_grad_(), *(layer.parameters() if learns else ())]
     weight, bias = layer.weight, layer.bias
     head = Head.of(layer, allowed, 0.7)
     head = head._replace(masks=masks[:, head.token_ids], mask_id=mask_id)
@@ -223,7 +228,7 @@ def test_statistics_and_their_gradients_equal_autograds(monkeypatch, per_piece: 
     logits = logits.masked_fill(~(allowed & masks[mask_id]), -1e9)
     distribution = th.distributions.Categorical(logits=logits)
     expected = (distribution.log_prob(tokens), distribution.entropy())
-    factors = th.randn(2, 50)
+    factors = th.randn(2, 50) * th.tensor([[1], [entropy]])
     for a, b in zip(found, expected, strict=True):
         th.testing.assert_close(a, b)
     for a, b in zip(

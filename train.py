@@ -117,9 +117,9 @@ class PPO:
     vocabulary: Path | None = None
     """Texts (.txt, .jsonl, .csv) whose tokens are all that the policy may write with. None: the
     run's language.jsonl, or, with own `prompts`, the whole vocabulary."""
-    total_timesteps: int = 15_360
-    """Tokens to generate."""
-    n_envs: int = 224
+    total_timesteps: int = 15_000
+    """Tokens to generate; the last rollout is finished."""
+    n_envs: int = 128
     """Rows that write side by side."""
     n_steps: int | None = None
     """Tokens per row between updates. None: one whole episode per row, whatever its length."""
@@ -799,13 +799,14 @@ def measures(episodes: Episodes, scores: dict[str, "np.ndarray"]) -> dict[str, l
     import numpy as np
 
     from reward_models import distinct_n, repetition
-    from reward_models.evaluation import jackknife_interval, mean_interval
+    from reward_models.evaluation import jackknife_interval, mean_interval, share_interval
 
     _, texts = texts_of(episodes)
     found = {key: mean_interval(values) for key, values in scores.items()}
     found["ref_kl"] = mean_interval(np.array([e["ref_kl"] for e in episodes]))
     found["tokens"] = mean_interval(np.array([e["n_tokens"] for e in episodes]))
-    found["ended"] = mean_interval(np.array([e["finish_reason"] != "length" for e in episodes]))
+    ended = sum(e["finish_reason"] != "length" for e in episodes)
+    found["ended"] = share_interval(ended, len(episodes))
     found["repetition"] = mean_interval(np.array([repetition(text) for text in texts]))
     for n in (1, 2):
         found[f"distinct-{n}"] = jackknife_interval(partial(distinct_n, n=n), texts)

@@ -170,6 +170,12 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> list[float]:
     return [float(values.mean()), float(values.mean() - half), float(values.mean() + half)]
 
 
+def share_interval(count: int, n: int) -> list[float]:
+    """The share of `count` among `n` and its 95 % interval (Wilson 1927): [share, low, high]."""
+    low, high = stats.binomtest(count, n).proportion_ci(method="wilson")
+    return [count / n, float(low), float(high)]
+
+
 def jackknife_interval(
     statistic: Callable[[Sequence[str]], float], texts: Sequence[str]
 ) -> list[float]:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from reward_models.evaluation import (
     pairwise_accuracy,
     pearson,
     rating_report,
+    share_interval,
     spearman,
 )
 
@@ -58,3 +60,14 @@ def test_calibration_of_a_perfect_model_is_the_diagonal() -> None:
     assert (report.pearson, report.spearman, report.pairwise_accuracy) == pytest.approx((1, 1, 1))
     assert report.rmse == 0
     json.dumps(dataclasses.asdict(report))
+
+
+def test_interval_of_a_share_by_hand() -> None:
+    """Wilson's: (p + z²/2n ± z·sqrt(p(1 − p)/n + z²/4n²)) / (1 + z²/n)."""
+    share, low, high = share_interval(9, 10)
+    z, n, p = 1.959964, 10, 0.9
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert share == 0.9
+    assert low == pytest.approx((middle - half) / (1 + z**2 / n), abs=1e-6)
+    assert high == pytest.approx((middle + half) / (1 + z**2 / n), abs=1e-6)
+    assert share_interval(10, 10)[2] == 1

@@ -100,8 +100,6 @@ class Reward:
     """Records per update."""
     learning_rate: float = 2e-4
     """Highest learning rate."""
-    train_embeddings: bool = False
-    """Whether word embeddings learn too: half of the model's numbers, an eighth of the time."""
 
 
 @dataclass
@@ -267,7 +265,6 @@ def reward(common: Common, settings: Reward) -> None:
                 epochs=settings.epochs,
                 batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
-                train_embeddings=settings.train_embeddings,
                 seed=seed,
                 progress_bar=True,
             )

@@ -255,7 +255,6 @@ class LearnedRewardModel:
         max_steps: int | None = None,
         batch_size: int = 32,
         learning_rate: float = 1e-4,
-        train_embeddings: bool = True,
         seed: int = 0,
         bf16: bool | None = None,
         progress_bar: bool = False,
@@ -275,8 +274,6 @@ class LearnedRewardModel:
             max_steps: number of updates, instead of `epochs`.
             batch_size: records per update.
             learning_rate: the highest one.
-            train_embeddings: whether word embeddings learn. They are half of a small encoder, and
-                a few thousand records hardly move them.
             seed: of the split and of the order.
             bf16: compute products in bfloat16, which halves the time where the hardware has it;
                 weights and scoring stay float32. Not given: where the hardware has it.
@@ -292,7 +289,6 @@ class LearnedRewardModel:
             raise ValueError("expected feedback to learn from, got none")
         self.scale = common_scale([*learned, *held_out])
         self.normalization = Normalization()
-        self.model.get_input_embeddings().requires_grad_(train_embeddings)
         with own_random_numbers(seed), tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             result = train(
@@ -309,7 +305,6 @@ class LearnedRewardModel:
                 disable_tqdm=not progress_bar,
             )
             seconds = time.perf_counter() - start
-        self.model.get_input_embeddings().requires_grad_(True)
         report = FitReport(
             records=len(learned),
             steps=result.global_step,

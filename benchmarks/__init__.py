@@ -1,0 +1,1 @@
+"""Speed measured against what people would use instead; no part of the installed package."""

@@ -565,7 +565,7 @@ def set_up(common: Common) -> None:
 
 
 def give_back_memory() -> None:
-    """Free what an earlier stage used: models hang in cycles, and glibc keeps freed memory."""
+    """Free what is used no more: models hang in cycles, and glibc keeps what they leave."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -756,12 +756,15 @@ def write_all(
             dtype=dtype_of(common),
         ).to(device_of(common))
         model.allowed_tokens.copy_(model.allowed_tokens.new_tensor(np.array(env.allowed_tokens)))
+        give_back_memory()
         return model
 
     def write(model: CausalLMPolicy, reference: Reference | None, greedy: bool = False) -> Episodes:
         bar.update()
         env.seed(common.seed)  # begins the prompts' order anew
-        return write_episodes(model, env, reference, deterministic=greedy)
+        episodes = write_episodes(model, env, reference, deterministic=greedy)
+        give_back_memory()
+        return episodes
 
     warm_start = writer(reference)
     frozen = Reference(warm_start.lm, warm_start)

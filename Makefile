@@ -3,17 +3,14 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# Idle OpenMP threads that spin starve their neighbours: on shared cores a loop may run 7 x slower.
-export OMP_WAIT_POLICY ?= PASSIVE
-
-.PHONY: demo test test-slow check format lint type clean
+.PHONY: demo test test-slow bench check format lint type clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gguf,baselines]'
 	touch $@
 
-demo: $(BIN)/.installed  ## the main job, 8 to 11 minutes on 2 cores: the report is in runs/<time>/report.md
+demo: $(BIN)/.installed  ## the main job, about 7 minutes on 2 cores: the report is in runs/<time>/report.md
 	$(BIN)/python train.py
 
 test: $(BIN)/.installed  ## the quick tests, offline
@@ -21,6 +18,10 @@ test: $(BIN)/.installed  ## the quick tests, offline
 
 test-slow: $(BIN)/.installed  ## the slow ones, and those that fetch assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or network'
+
+bench: $(BIN)/.installed  ## speed against a bare loop, generate, stock SB3 and TRL: runs/throughput/throughput.md
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.throughput
 
 check: lint type test  ## what CI runs first
 
@@ -34,7 +35,7 @@ lint: $(BIN)/.installed
 
 type: $(BIN)/.installed
 	$(BIN)/mypy
-	$(BIN)/mypy train.py
+	$(BIN)/mypy train.py -p benchmarks
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -324,7 +324,7 @@ def ppo(common: Common, settings: PPO) -> None:
             "CausalLMPolicy",
             env,
             learning_rate=partial(warm_up_and_decay, settings.learning_rate),
-            n_steps=settings.n_steps or settings.max_new_tokens,
+            n_steps=settings.max_new_tokens if settings.n_steps is None else settings.n_steps,
             whole_episodes=whole,
             batch_size=settings.batch_size,
             n_epochs=settings.n_epochs,
@@ -340,6 +340,7 @@ def ppo(common: Common, settings: PPO) -> None:
             kl_coef=settings.kl_coef,
             target_ref_kl=settings.target_ref_kl,
             kl_horizon=settings.kl_horizon,
+            stats_window_size=max(100, settings.n_envs),
             seed=common.seed,
             device=device_of(common),
         )
@@ -756,15 +757,13 @@ def write_all(
             dtype=dtype_of(common),
         ).to(device_of(common))
         model.allowed_tokens.copy_(model.allowed_tokens.new_tensor(np.array(env.allowed_tokens)))
-        give_back_memory()
         return model
 
     def write(model: CausalLMPolicy, reference: Reference | None, greedy: bool = False) -> Episodes:
         bar.update()
+        give_back_memory()  # an earlier writer's
         env.seed(common.seed)  # begins the prompts' order anew
-        episodes = write_episodes(model, env, reference, deterministic=greedy)
-        give_back_memory()
-        return episodes
+        return write_episodes(model, env, reference, deterministic=greedy)
 
     warm_start = writer(reference)
     frozen = Reference(warm_start.lm, warm_start)
@@ -1023,9 +1022,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     parsed = parser.parse_args(arguments)
     name, chosen = parsed.stage, parsed[parsed.stage]
-    # Read by OpenMP when torch is imported: threads that wait for the next of many small pieces
-    # of work spin for some microseconds, but no longer, as that would starve their neighbours.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read by GNU's OpenMP when torch is imported: threads wait for the next of many small
+        # pieces of work awake, but only for microseconds, as longer would starve their neighbours.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     function, settings_type = STAGES[name]
     parts = parser.instantiate(parsed)[name]
     common = Common(**{f.name: parts[f.name] for f in fields(Common)})

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from transformers import PreTrainedTokenizerBase
 
 from agents.policy import CausalLMPolicy
@@ -14,7 +14,7 @@ COLUMNS = ("prompt", "completion", "score", "ref_kl")
 
 
 class SampleTextCallback(BaseCallback):
-    """Shows what the policy writes: a few finished episodes of a rollout.
+    """Shows what the policy writes: a few finished episodes of a rollout, spread over its rows.
 
     Each goes to a line of `path` ({"num_timesteps", "prompt", "completion", "score", "ref_kl"};
     ref_kl in nats per completion, null without a reference), and all to a table under
@@ -28,7 +28,7 @@ class SampleTextCallback(BaseCallback):
         every: int = 1,
         verbose: int = 0,
     ) -> None:
-        """Show the first `n_samples` episodes of every `every`-th rollout.
+        """Show `n_samples` episodes of every `every`-th rollout.
 
         Args:
             path: JSON lines are appended here; None writes the table only.
@@ -46,10 +46,13 @@ class SampleTextCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         self._rollouts += 1
-        episodes = getattr(self.model, "finished_episodes", [])[: self.n_samples]
+        episodes = getattr(self.model, "finished_episodes", [])
         if (self._rollouts - 1) % self.every or not episodes:
             return
-        rows = [{key: episode.get(key) for key in COLUMNS} for episode in episodes]
+        # They stand in the order of their ends: the first ones are the shortest.
+        episodes = sorted(episodes, key=lambda episode: (episode["row"], episode["step"]))
+        chosen = episodes[:: max(1, len(episodes) // self.n_samples)][: self.n_samples]
+        rows = [{key: episode.get(key) for key in COLUMNS} for episode in chosen]
         self.logger.record(
             "samples/completions", table(rows), exclude=("stdout", "log", "json", "csv")
         )
@@ -107,6 +110,18 @@ class SavePretrainedCallback(BaseCallback):
             policy.lm.save_pretrained(folder)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
+
+
+class TokenProgressBar(ProgressBarCallback):
+    """SB3's progress bar, counting the tokens written: held rows write none."""
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        self._start = self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        self.pbar.update(self.num_timesteps - self._start - self.pbar.n)
+        return True
 
 
 def table(rows: list[dict[str, Any]]) -> str:

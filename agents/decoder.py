@@ -15,7 +15,7 @@ from agents.sequences import PAD, lengths
 
 
 class SlotLayer(DynamicLayer):
-    """One attention layer's keys and values in preallocated slots, (n_rows, heads, width, dim).
+    """One attention layer's keys and values in preallocated slots, (n_slots, heads, width, dim).
 
     All rows share one window of columns [start, end); a new token is written at `end` for every
     row. What a row does not use of the window is masked by the caller.
@@ -25,17 +25,17 @@ class SlotLayer(DynamicLayer):
         super().__init__()
         self.window = window
 
-    def allocate(self, keys: th.Tensor, values: th.Tensor, n_rows: int) -> None:
-        """Make room for `n_rows` like the given (k, heads, p, dim) keys and values."""
+    def allocate(self, keys: th.Tensor, values: th.Tensor, n_slots: int) -> None:
+        """Make room for `n_slots` like the given (k, heads, p, dim) keys and values."""
         self.dtype, self.device = keys.dtype, keys.device
-        self.keys = keys.new_zeros(n_rows, keys.shape[1], self.window.width, keys.shape[3])
-        self.values = values.new_zeros(n_rows, values.shape[1], self.window.width, values.shape[3])
+        self.keys = keys.new_zeros(n_slots, keys.shape[1], self.window.width, keys.shape[3])
+        self.values = values.new_zeros(n_slots, values.shape[1], self.window.width, values.shape[3])
         self.is_initialized = True
 
     def update(
         self, key_states: th.Tensor, value_states: th.Tensor, *args: object, **kwargs: object
     ) -> tuple[th.Tensor, th.Tensor]:
-        """Write the new token's (n_rows, heads, 1, dim) states; return the window with them."""
+        """Write the new token's (n_slots, heads, 1, dim) states; return the window with them."""
         if not self.is_initialized:
             self.allocate(key_states, value_states, key_states.shape[0])
         start, end = self.window.start, self.window.end
@@ -139,7 +139,7 @@ class CachedDecoder:
                 if old is not new:
                     old.copy_(new)
 
-    def fits(self, ids: th.Tensor) -> bool:
+    def takes(self, ids: th.Tensor) -> bool:
         """Say whether the batch has the shape of the one that is held (or none is held)."""
         return self._ids is None or ids.shape == self._shape
 
@@ -158,7 +158,7 @@ class CachedDecoder:
         if len(rows) == 0:
             size = self.lm.config.get_text_config().hidden_size
             return th.zeros(len(ids), size, dtype=self._dtype, device=ids.device)
-        if self._ids is None or not self._fits(ids, live):
+        if self._ids is None or not self._has_slots(ids, live):
             self._begin(ids, rows)
         elif len(rows) <= 0.75 * len(self._rows):
             self._drop_held(live)
@@ -167,7 +167,7 @@ class CachedDecoder:
         whole[self._rows] = found
         return whole.masked_fill_(~live[:, None], 0)
 
-    def _fits(self, ids: th.Tensor, live: th.Tensor) -> bool:
+    def _has_slots(self, ids: th.Tensor, live: th.Tensor) -> bool:
         """Say whether the batch has the shape that is held, and a slot for each live row."""
         if ids.shape != self._shape:
             return False
@@ -181,8 +181,8 @@ class CachedDecoder:
         self._rows, self._length, self._first = (
             x[kept] for x in (self._rows, self._length, self._first)
         )
-        self._ids = None if self._ids is None else self._ids[kept]
-        self._hidden = None if self._hidden is None else self._hidden[kept]
+        assert self._ids is not None and self._hidden is not None
+        self._ids, self._hidden = self._ids[kept], self._hidden[kept]
         for layer in self._layers:
             layer.keep(kept)
 
@@ -216,7 +216,7 @@ class CachedDecoder:
         self._first = ids.new_zeros(n_slots)
 
     def _continues(self, ids: th.Tensor, length: th.Tensor) -> th.Tensor:
-        """Say per row whether it is the observation seen last plus one token: (n_rows,) bool."""
+        """Say per slot whether its row is the one seen last plus one token: (n_slots,) bool."""
         assert self._ids is not None
         same = (self._ids == ids) | (self._ids == PAD)
         return (length == self._length + 1) & (self._length > 0) & same.all(dim=1)
@@ -249,7 +249,7 @@ class CachedDecoder:
         self._window.start = int(self._first.min())
 
     def _decode(self, token: th.Tensor, length: th.Tensor) -> th.Tensor:
-        """Run one token (n_rows, 1) per row over the window; return (n_rows, H)."""
+        """Run one token (n_slots, 1) per slot over the window; return (n_slots, H)."""
         window = self._window
         column = th.arange(window.start, window.end + 1, device=token.device)
         output = self.lm.base_model(

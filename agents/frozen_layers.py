@@ -13,38 +13,27 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def freeze_below(lm: PreTrainedModel, trainable_layers: int | None) -> int:
+def freeze_below(lm: PreTrainedModel, trainable_layers: int | None) -> None:
     """Let only the last layers, all if there are no more, and the final norm of `lm` learn.
 
-    Args:
-        lm: A causal LM.
-        trainable_layers: How many layers learn; None: all of the model, embeddings included.
-
-    Returns:
-        How many layers before the last one are frozen, with all that comes before them, if the
-        model can be run in two parts there; else 0.
+    None lets all of it learn, embeddings included.
 
     Raises:
         ValueError: If the number is negative, or the model has no stack of layers.
     """
     if trainable_layers is None:
-        return 0
-    name = stack_name(lm.base_model)
-    layers = lm.base_model.get_submodule(name) if name else []
-    if not name or trainable_layers < 0:
+        return
+    n_layers = len(stack_of(lm.base_model) or ())
+    if n_layers == 0 or trainable_layers < 0:
         raise ValueError(
-            f"expected trainable_layers >= 0 of the {len(layers)} layers of {type(lm).__name__}, "
+            f"expected trainable_layers >= 0 of the {n_layers} layers of {type(lm).__name__}, "
             f"got {trainable_layers}"
         )
     lm.requires_grad_(False)
-    n_frozen = max(0, len(layers) - trainable_layers)
+    _, layers, behind = _parts(lm.base_model)
     # What stands behind the stack of layers works on its output: the final norm.
-    children = dict(lm.base_model.named_children())
-    behind = list(children.values())[list(children).index(name) + 1 :]
-    for part in [*layers[n_frozen:], *behind]:
+    for part in [*layers[max(0, n_layers - trainable_layers) :], *behind]:
         part.requires_grad_(True)
-    n_below = min(n_frozen, len(layers) - 1)
-    return n_below if resumes_exactly(lm.base_model, n_below) else 0
 
 
 def round_frozen(lm: PreTrainedModel, dtype: th.dtype) -> None:
@@ -66,12 +55,29 @@ def frozen_copy(lm: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(lm, shared).requires_grad_(False)
 
 
+def count_frozen(body: PreTrainedModel) -> int:
+    """Count the first layers that can be run apart from the rest, as nothing in them learns.
+
+    0 if something before them learns, or if the model's layers do not take and give one tensor of
+    states. At least the last layer is left for the rest.
+    """
+    if stack_of(body) is None:
+        return 0
+    before, layers, _ = _parts(body)
+    learns = [any(p.requires_grad for p in part.parameters()) for part in layers]
+    if any(p.requires_grad for part in before for p in part.parameters()):
+        return 0
+    n_frozen = min([*learns, True].index(True), len(layers) - 1)
+    return n_frozen if n_frozen > 0 and runs_in_two_parts(body, n_frozen) else 0
+
+
 def run_frozen(body: PreTrainedModel, n_frozen: int, ids: th.Tensor) -> th.Tensor:
     """Run ids (B, L) through the first `n_frozen` layers; return the states (B, L, H)."""
     layers = stack_of(body)
-    end = _HandOn()
-    view = _with_layers(body, [*layers[:n_frozen], *[end] * (len(layers) - n_frozen)])
+    assert layers is not None
+    end = _Catch()
     with th.no_grad():
+        view = _with_layers(body, [*layers[:n_frozen], *[end] * (len(layers) - n_frozen)])
         view(input_ids=ids, use_cache=False)
     assert end.states is not None
     return end.states
@@ -88,55 +94,77 @@ def go_on_from(
         states: (B, L, H), what they gave.
         ids: (B, L), the tokens.
     """
-    begin = _HandOn(states)
-    view = _with_layers(body, [*[begin] * n_frozen, *stack_of(body)[n_frozen:]])
+    layers = stack_of(body)
+    assert layers is not None
+    view = _with_layers(body, [*[_Replay(states)] * n_frozen, *layers[n_frozen:]])
     return view(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def shares_layers(a: PreTrainedModel, b: PreTrainedModel, n_frozen: int) -> bool:
-    """Say whether the first `n_frozen` layers, and the embeddings, are the same weights."""
-    parts = [(x.get_input_embeddings(), *stack_of(x)[:n_frozen]) for x in (a, b)]
-    weights = [[id(p) for module in part for p in module.parameters()] for part in parts]
+def shares_frozen(a: PreTrainedModel, b: PreTrainedModel, n_frozen: int) -> bool:
+    """Say whether the first `n_frozen` layers, and all before them, are the same weights."""
+    weights = []
+    for body in (a, b):
+        before, layers, _ = _parts(body)
+        weights.append([id(p) for part in [*before, *layers[:n_frozen]] for p in part.parameters()])
     return weights[0] == weights[1]
 
 
-def stack_name(body: PreTrainedModel) -> str | None:
-    """Return the name of the model's stack of layers; None if it has none."""
-    lists = (name for name, part in body.named_children() if isinstance(part, nn.ModuleList))
-    return next(lists, None)
+def stack_of(body: PreTrainedModel) -> nn.ModuleList | None:
+    """Return the model's stack of layers; None if it has none."""
+    return next((part for part in body.children() if isinstance(part, nn.ModuleList)), None)
 
 
-def stack_of(body: PreTrainedModel) -> nn.ModuleList:
-    """Return the model's stack of layers."""
-    stack = body.get_submodule(stack_name(body) or "")
-    assert isinstance(stack, nn.ModuleList)
-    return stack
+def runs_in_two_parts(body: PreTrainedModel, n_frozen: int) -> bool:
+    """Try it: layers of some models give tuples, or hand on more than states."""
+    n_tokens = body.get_input_embeddings().weight.shape[0]
+    ids = th.arange(8, device=body.device).reshape(2, 4) % n_tokens
+    with th.no_grad():
+        try:
+            states = run_frozen(body, n_frozen, ids)
+            whole = body(input_ids=ids, use_cache=False).last_hidden_state
+            parts = go_on_from(body, n_frozen, states, ids)
+        except Exception:  # whatever a model does with a layer that is not its own
+            return False
+    return parts.shape == whole.shape and th.allclose(parts, whole, atol=1e-4)
 
 
-@th.no_grad()
-def resumes_exactly(body: PreTrainedModel, n_frozen: int) -> bool:
-    """Say whether the model can be run in two parts: some hand more than states to a layer."""
-    ids = th.arange(4, device=body.device)[None]
-    states = run_frozen(body, n_frozen, ids)
-    whole = body(input_ids=ids, use_cache=False).last_hidden_state
-    return th.allclose(go_on_from(body, n_frozen, states, ids), whole, atol=1e-4)
+class _Catch(nn.Module):
+    """Stands for layers that are left out at the end: keeps the states that come first."""
 
-
-class _HandOn(nn.Module):
-    """Stands for layers left out: keeps the states that came first, and hands them on."""
-
-    def __init__(self, states: th.Tensor | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.states = states
+        self.states: th.Tensor | None = None
 
     def forward(self, hidden_states: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
         if self.states is None:
             self.states = hidden_states
+        return hidden_states
+
+
+class _Replay(nn.Module):
+    """Stands for layers that have been run: gives their states, whatever comes in."""
+
+    def __init__(self, states: th.Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, hidden_states: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor:
         return self.states
+
+
+def _parts(body: PreTrainedModel) -> tuple[list[nn.Module], nn.ModuleList, list[nn.Module]]:
+    """Return what stands before the stack of layers, the stack, and what stands behind it."""
+    children, layers = list(body.children()), stack_of(body)
+    assert layers is not None
+    place = next(i for i, part in enumerate(children) if part is layers)
+    return children[:place], layers, children[place + 1 :]
 
 
 def _with_layers(body: PreTrainedModel, layers: list[nn.Module]) -> PreTrainedModel:
     """Return a view of the model with another stack; its other parts are the same objects."""
-    view = copy.copy(body)
-    view._modules = {**body._modules, stack_name(body) or "": nn.ModuleList(layers)}
+    view, stack = copy.copy(body), stack_of(body)
+    view._modules = {
+        name: nn.ModuleList(layers) if part is stack else part
+        for name, part in body._modules.items()
+    }
     return view

@@ -1,8 +1,8 @@
 """From hidden states to tokens: log-probabilities, entropies and sampling at packed positions.
 
-Logits exist for a few rows at a time, small enough to stay in the processor's cache, and are
-computed again in the backward pass: at a vocabulary of 49,152 those of one large minibatch would
-fit neither there nor, with their gradients, in memory.
+Logits exist for a few rows at a time, small enough to stay in the processor's cache; where the
+backward pass needs them, it computes them again. At a vocabulary of 49,152 those of one large
+minibatch would fit neither there nor, with their gradients, in memory.
 """
 
 from typing import Any, NamedTuple
@@ -142,7 +142,7 @@ class _Statistics(th.autograd.Function):
 
     ∂ log p(a) / ∂z = 1_a − p   and   ∂H / ∂z = −p·(log p + H).
 
-    Where the head does not learn, ∂ log p(a) / ∂hidden = (W_a − p·W) / temperature is a vector
+    Where the head does not learn, ∂ log p(a) / ∂hidden = (1_a − p)·W / temperature is a vector
     per token and computed on the way forward, so that no logits are computed twice.
     """
 
@@ -163,9 +163,9 @@ class _Statistics(th.autograd.Function):
             p = log_p.exp()
             log_prob[part] = log_p.gather(1, places[part, None])[:, 0]
             entropy[part] = -log_p.mul_(p).sum(dim=1)
-            if slope is not None:
-                mean = p.to(head.dtype) @ multiplier
-                slope[part] = (weight[places[part]] - mean) / head.temperature
+            if slope is not None:  # 1_a − p before it is rounded: near p(a) = 1 it is small
+                p.scatter_add_(1, places[part, None], p.new_full((len(p), 1), -1.0))
+                slope[part] = (p.to(head.dtype) @ multiplier).to(hidden.dtype) / -head.temperature
         ctx.save_for_backward(hidden, weight, bias, places, entropy, slope)
         ctx.head = head
         return log_prob, entropy

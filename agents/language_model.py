@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from agents.frozen_layers import go_on_from, round_frozen, run_frozen, shares_layers
+from agents.frozen_layers import go_on_from, round_frozen, run_frozen, shares_frozen
 from agents.heads import Comparison, Head, TokenStatistics, compare, token_statistics
 from agents.sequences import TokenBatch, lengths, similar_lengths
 
@@ -76,9 +76,14 @@ class TokenModel(nn.Module):
     def run_frozen(self, batch: TokenBatch) -> list[th.Tensor]:
         """Return what the layers that do not learn make of each sequence: B times (length, H)."""
         length = lengths(batch.ids)
-        with self.autocast():
-            states = run_frozen(self.body, self.n_frozen, batch.ids.clamp(min=0))
-        return [row[:n] for row, n in zip(states, length.tolist(), strict=True)]
+        states: dict[int, th.Tensor] = {}
+        for rows in similar_lengths(length):
+            ids = batch.ids[rows, : int(length[rows].max())].clamp(min=0)
+            with self.autocast():
+                found = run_frozen(self.body, self.n_frozen, ids)
+            for row, kept in zip(rows.tolist(), found, strict=True):
+                states[row] = kept[: int(length[row])].clone()
+        return [states[row] for row in range(len(length))]
 
     def token_statistics(
         self, batch: TokenBatch, hidden: th.Tensor, actions: th.Tensor
@@ -117,7 +122,7 @@ class Reference(TokenModel):
         self.lm = lm
         self.vocab_size, self.temperature = policy.vocab_size, policy.temperature
         self.dtype = policy.dtype
-        if policy.n_frozen and shares_layers(lm.base_model, policy.body, policy.n_frozen):
+        if policy.n_frozen and shares_frozen(lm.base_model, policy.body, policy.n_frozen):
             self.n_frozen = policy.n_frozen
         self.register_buffer("allowed_tokens", policy.allowed_tokens, persistent=False)
         self.requires_grad_(False).eval()

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from agents.decoder import CachedDecoder
-from agents.frozen_layers import freeze_below, round_frozen
-from agents.heads import log_prob_of, mask_logits_, sample
+from agents.frozen_layers import count_frozen, freeze_below, round_frozen
+from agents.heads import Head, log_prob_of, mask_logits_, sample
 from agents.language_model import LM, TokenModel, check_positions, load_lm
 from agents.masks import ActionMasks
 from agents.sequences import PAD, TokenBatch, one_state_per_row
@@ -92,7 +92,8 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         self.trainable_layers = trainable_layers
         self.lm = load_lm(lm, self.vocab_size)
         check_positions(self.lm, observation_space.shape[0])
-        self.n_frozen = freeze_below(self.lm, trainable_layers)
+        freeze_below(self.lm, trainable_layers)
+        self.n_frozen = count_frozen(self.body)
         self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -136,15 +137,20 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         Returns:
             Tokens (n,) int64, values (n, 1) and log-probabilities (n,) in nats.
         """
-        hidden, lm = self._last_hidden(obs)
-        head = self.head(lm=lm)
-        logits = head.logits(hidden)
-        if self.action_masks is not None:
-            mask_logits_(logits, self.action_masks.ask()[:, head.token_ids])
-        places = logits.argmax(dim=1) if deterministic else sample(logits)
-        acting = obs[:, 0] != PAD
-        values, log_prob = self._values(hidden), log_prob_of(logits, places)
-        return head.token_ids[places], values * acting[:, None], log_prob * acting
+        masks = None if self.action_masks is None else self.action_masks.ask()
+        tokens = th.zeros(len(obs), dtype=th.long, device=obs.device)
+        values = th.zeros(len(obs), 1, device=obs.device)
+        log_prob = th.zeros(len(obs), device=obs.device)
+        acting = (obs[:, 0] != PAD).nonzero()[:, 0]
+        if len(acting):
+            hidden, lm = self._last_hidden(obs)
+            hidden, head = hidden[acting], self.head(lm=lm)
+            logits = self._masked_logits(hidden, head, acting, masks)
+            places = logits.argmax(dim=1) if deterministic else sample(logits)
+            tokens[acting] = head.token_ids[places]
+            values[acting] = self._values(hidden)
+            log_prob[acting] = log_prob_of(logits, places)
+        return tokens, values, log_prob
 
     def _predict(
         self,
@@ -152,14 +158,20 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         deterministic: bool = False,
         action_masks: np.ndarray | None = None,
     ) -> th.Tensor:
-        """Choose the next token (n,) of each row, without a value."""
-        hidden, lm = self._last_hidden(observation)
-        head = self.head(lm=lm)
-        logits = head.logits(hidden)
-        if action_masks is not None:
-            allowed = th.as_tensor(action_masks, dtype=th.bool, device=logits.device)
-            mask_logits_(logits, allowed.reshape(-1, self.vocab_size)[:, head.token_ids])
-        return head.token_ids[logits.argmax(dim=1) if deterministic else sample(logits)]
+        """Choose the next token (n,) of each row, without a value; any token for held rows."""
+        tokens = th.zeros(len(observation), dtype=th.long, device=observation.device)
+        acting = (observation[:, 0] != PAD).nonzero()[:, 0]
+        if len(acting):
+            masks = None
+            if action_masks is not None:
+                masks = th.as_tensor(action_masks, dtype=th.bool, device=tokens.device)
+                masks = masks.reshape(-1, self.vocab_size).expand(len(tokens), -1)
+            hidden, lm = self._last_hidden(observation)
+            head = self.head(lm=lm)
+            logits = self._masked_logits(hidden[acting], head, acting, masks)
+            places = logits.argmax(dim=1) if deterministic else sample(logits)
+            tokens[acting] = head.token_ids[places]
+        return tokens
 
     def predict(
         self,
@@ -242,7 +254,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
     def _last_hidden(self, obs: th.Tensor) -> tuple[th.Tensor, PreTrainedModel]:
         """Return the state at the last token of each row, (n, H), and the model that made it."""
         ids = obs.long()
-        if th.is_grad_enabled() or not self.decoder.fits(ids):
+        if th.is_grad_enabled() or not self.decoder.takes(ids):
             held = ids[:, 0] == PAD
             if bool(held.any()):
                 ids = ids.clone()
@@ -254,6 +266,15 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             self.decoder.forget()
             self._weights_seen = weights
         return self.decoder.hidden(ids), self.decoder.lm
+
+    def _masked_logits(
+        self, hidden: th.Tensor, head: Head, rows: th.Tensor, masks: th.Tensor | None
+    ) -> th.Tensor:
+        """Map the states (n, H) of some rows to logits (n, A) under their masks, (n_envs, V)."""
+        logits = head.logits(hidden)
+        if masks is not None:
+            mask_logits_(logits, masks[rows[:, None], head.token_ids])
+        return logits
 
     def _values(self, hidden: th.Tensor) -> th.Tensor:
         """Map states (N, H) to values (N, 1)."""

@@ -12,12 +12,14 @@ import numpy as np
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.buffer import TokenRolloutBuffer
+from agents.callbacks import TokenProgressBar
 from agents.frozen_layers import frozen_copy
 from agents.kl import KLController, kl_estimates
 from agents.language_model import LM, Reference, load_lm
@@ -46,6 +48,8 @@ class TokenPPO(PPO):
     policy_kwargs: dict[str, Any]
     rollout_buffer: TokenRolloutBuffer
     _current_progress_remaining: float
+    _collecting = False
+    _num_timesteps = 0
 
     def __init__(
         self,
@@ -118,7 +122,7 @@ class TokenPPO(PPO):
             ref_lm: The reference model; None: the policy's own at the start.
             whole_episodes: Begin every rollout with fresh episodes. In an environment that holds
                 ended rows (`TextVecEnv(autoreset=False)`), a rollout is then one whole episode
-                per row, if `n_steps` is as long as the longest.
+                per row, and `n_steps` must be as long as the longest.
 
         Raises:
             ValueError: If an argument is out of range or the policy has no `lm`.
@@ -218,7 +222,38 @@ class TokenPPO(PPO):
             self._last_obs = env.reset()  # type: ignore[assignment]
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         self._open_kl[self._last_episode_starts] = 0
-        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        self._collecting = True
+        try:
+            going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        finally:
+            self._collecting = False
+        return going_on
+
+    @property  # type: ignore[override]
+    def num_timesteps(self) -> int:
+        """Tokens written so far. SB3 counts a step per row; a held row writes nothing."""
+        return self._num_timesteps
+
+    @num_timesteps.setter
+    def num_timesteps(self, value: int) -> None:
+        held = int((self._last_obs[:, 0] == PAD).sum()) if self._collecting else 0
+        self._num_timesteps = value - held
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        """Set callbacks up as SB3 does, with a progress bar that counts tokens."""
+        if progress_bar:
+            given = callback if isinstance(callback, list) else [callback]
+            made = [c if isinstance(c, BaseCallback) else ConvertCallback(c) for c in given]
+            callback = [*made, TokenProgressBar()]
+        return super()._init_callback(callback)
+
+    def train(self) -> None:
+        """Update the policy by SB3's `train`, whose explained variance would count held rows."""
+        super().train()
+        buffer = self.rollout_buffer
+        trained = buffer.lengths > 0
+        explained = explained_variance(buffer.values[trained], buffer.returns[trained])
+        self.logger.record("train/explained_variance", explained)
 
     def _allow_tokens_of(self, env: VecEnv) -> None:
         """Let the policy choose the tokens that the environment ever allows, if it says so."""
@@ -231,7 +266,6 @@ class TokenPPO(PPO):
     ) -> None:
         """Keep SB3's statistics, and the episodes that ended at this step."""
         super()._update_info_buffer(infos, dones)
-        self.num_timesteps -= int((self._last_obs[:, 0] == PAD).sum())  # held rows wrote nothing
         for row in np.flatnonzero(dones if dones is not None else []):
             place = {"step": self.rollout_buffer.pos, "row": int(row)}
             self.finished_episodes.append({**infos[row], **place})
@@ -244,6 +278,7 @@ class TokenPPO(PPO):
     def _finish_rollout(self) -> None:
         """Subtract the KL penalty from the rollout's rewards, and log what the rollout shows."""
         self.policy.decoder.forget()  # its cache is the largest thing there is, and of no more use
+        self._require_whole_episodes()
         self._log_episodes()
         ref_log_probs, exact = self._second_look()
         if self.reference is None:
@@ -266,6 +301,19 @@ class TokenPPO(PPO):
             ref_kl = float(np.mean([episode["ref_kl"] for episode in self.finished_episodes]))
             self.logger.record("rollout/ref_kl", ref_kl)
             self.kl.update(ref_kl, len(self.finished_episodes))
+
+    def _require_whole_episodes(self) -> None:
+        """Refuse a rollout that cut episodes which the next one would throw away."""
+        assert self.env is not None
+        if not self.whole_episodes or not self.env.has_attr("autoreset"):
+            return
+        ended = {episode["row"] for episode in self.finished_episodes}
+        if not self.env.get_attr("autoreset")[0] and len(ended) < self.n_envs:
+            raise ValueError(
+                f"whole_episodes: expected every row to end within n_steps={self.n_steps} tokens, "
+                f"got {self.n_envs - len(ended)} of {self.n_envs} that did not: n_steps must be "
+                "the environment's max_new_tokens or more"
+            )
 
     @th.no_grad()
     def _second_look(self) -> tuple[np.ndarray, float]:

@@ -249,7 +249,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"))
     chosen = parser.parse_args()
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "OMP_WAIT_POLICY" not in os.environ:  # as train.py does
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     chosen.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Found]] = {}
     parts = ["# Throughput", f"At the start: {machine(chosen.threads)}."]

@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 from agents import CausalLMPolicy
 from agents.decoder import CachedDecoder
-from agents.heads import Head, sample, token_statistics
+from agents.heads import Head, compare, sample, token_statistics
 from agents.sequences import TokenBatch, one_state_per_row, similar_lengths
 
 V, L = 40, 24
@@ -237,6 +237,47 @@ def test_statistics_and_their_gradients_equal_autograds(
         strict=True,
     ):
         th.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_the_slope_of_a_near_certain_token_is_right_in_bfloat16() -> None:
+    """Where p(a) is 0.998 the gradient is small: rounding p before 1 − p would bury it."""
+    th.manual_seed(0)
+    layer = th.nn.Linear(16, 12, bias=False).requires_grad_(False)
+    hidden = 10 * layer.weight[:5] / layer.weight[:5].norm(dim=1, keepdim=True) ** 2
+    tokens, allowed = th.arange(5), th.ones(12, dtype=th.bool)
+    slopes = []
+    for dtype in (th.float64, th.bfloat16):
+        states = hidden.to(th.float64 if dtype == th.float64 else th.float32).requires_grad_()
+        if dtype == th.float64:
+            log_prob = (states @ layer.weight.double().T).log_softmax(1)[tokens, tokens]
+            assert 0.9 < float(log_prob.exp().mean()) < 1
+        else:
+            head = Head.of(layer, allowed, 1.0)._replace(dtype=dtype)
+            log_prob = token_statistics(states, tokens, head).log_prob
+        slopes.append(th.autograd.grad(log_prob.sum(), states)[0].double())
+    error = (slopes[1] - slopes[0]).norm(dim=1) / slopes[0].norm(dim=1)
+    assert float(error.max()) < 0.02
+
+
+@pytest.mark.parametrize("per_piece", [7, 50])
+def test_two_models_are_compared_as_categorical_distributions(monkeypatch, per_piece) -> None:
+    th.manual_seed(0)
+    monkeypatch.setattr("agents.heads.LOGITS_AT_ONCE", 20 * per_piece)
+    hidden, ref_hidden, tokens = th.randn(50, 8), th.randn(50, 8), th.randint(0, 8, (50,))
+    masks, mask_id = th.ones(2, 20, dtype=th.bool), th.randint(0, 2, (50,))
+    masks[1, 8:12] = False
+    layers = th.nn.Linear(8, 20), th.nn.Linear(8, 20)
+    heads, expected = [], []
+    for layer, states in zip(layers, (hidden, ref_hidden), strict=True):
+        head = Head.of(layer, th.ones(20, dtype=th.bool), 0.8)
+        heads.append(head._replace(masks=masks, mask_id=mask_id))
+        logits = (layer(states) / 0.8).masked_fill(~masks[mask_id], -1e9)
+        expected.append(th.distributions.Categorical(logits=logits))
+    found = compare(hidden, ref_hidden, tokens, *heads)
+    th.testing.assert_close(found.log_prob, expected[0].log_prob(tokens))
+    th.testing.assert_close(found.ref_log_prob, expected[1].log_prob(tokens))
+    kl = th.distributions.kl_divergence(*expected)
+    th.testing.assert_close(found.kl, kl, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("least", [1, 40, 10_000])

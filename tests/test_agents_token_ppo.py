@@ -391,21 +391,6 @@ def test_min_new_tokens_is_obeyed_in_sampling_and_update() -> None:
     assert model.rollout_buffer.action_masks.table().shape == (2, 9)
 
 
-def test_whole_episodes_hold_rows_that_have_ended() -> None:
-    env = text_env.TextVecEnv(num_envs=6, autoreset=False, **arguments())
-    model = make_model(env=env, n_steps=6, whole_episodes=True)
-    ends = []
-
-    def check(model) -> None:
-        assert sorted(e["row"] for e in model.finished_episodes) == list(range(6))
-        assert [len(model.rollout_buffer.segments)] == [6]
-        ends.append(sum(e["n_tokens"] for e in model.finished_episodes))
-        assert model.rollout_buffer.n_tokens == ends[-1]
-
-    model.learn(150, callback=AtRolloutEnd(check))
-    assert model.num_timesteps == sum(ends)
-
-
 # ------------------------------------------------------------ SB3's own tools
 
 

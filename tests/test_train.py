@@ -147,6 +147,19 @@ def test_a_run_can_go_on_from_its_own_policy(finished, own, tmp_path) -> None:
     assert (again / "policy/model.safetensors").read_bytes() != before
 
 
+def test_ppo_writes_whole_episodes_by_default(finished, own, tmp_path) -> None:
+    line = (
+        f"ppo --run {tmp_path} --policy {finished}/sft --reward_model {finished}/reward_model "
+        f"--prompts {own}/prompts.txt --device cpu --dtype float32 --n_envs 6 "
+        "--max_new_tokens 8 --min_new_tokens 1 --total_timesteps 80 --batch_size 64"
+    )
+    assert train.main(line.split()) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert all(row["rollout/episodes"] == 6 for row in rows)
+    written = sum(6 * row["rollout/completion_tokens"] for row in rows)
+    assert len(rows) == 2 and rows[-1]["time/total_timesteps"] == round(written)
+
+
 def test_interrupted_training_leaves_its_log(finished, own, tmp_path, monkeypatch) -> None:
     from agents import SampleTextCallback
 

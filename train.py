@@ -907,7 +907,7 @@ def measures_table(found: dict[str, dict[str, list[float]]]) -> str:
     lines = ["| | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
     for key in keys:
         cells = [
-            f"{value:.2f} [{low:.2f}, {high:.2f}]"
+            f"{value:z.2f} [{low:z.2f}, {high:z.2f}]"
             for value, low, high in (m[key] for m in found.values())
         ]
         lines.append(f"| {MEASURES[key]} | " + " | ".join(cells) + " |")
@@ -974,12 +974,13 @@ def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     panels = [
         (tokens, column("rollout/score_mean"), "tokens", "score"),
         (tokens, column("rollout/judge_mean"), "tokens", "judge (human scale)"),
-        (tokens, kl, "tokens", "KL to the warm start (nats per completion)"),
+        (tokens, kl, "tokens", "KL (nats per completion)"),
         (kl, column("rollout/score_mean"), "KL (nats per completion)", "score"),
     ]
     for axis, (x, y, x_name, y_name) in zip(axes.flat, panels, strict=True):
         axis.plot(x, y, marker=".", linewidth=1, color="#1f5fa8")
         axis.set(xlabel=x_name, ylabel=y_name)
+        axis.locator_params(axis="x", nbins=6)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     with atomic_file(path) as file:

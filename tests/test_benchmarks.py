@@ -1,0 +1,73 @@
+"""The benchmark's own arithmetic, and one round of it for real."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch as th
+
+from benchmarks.bare_loop import BareLoop
+from benchmarks.peers import count_tokens, steps_per_row
+from benchmarks.throughput import Found, ratio, table
+from benchmarks.timing import Timing
+from benchmarks.workloads import WORKLOADS
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_tokens_count_up_to_the_first_end() -> None:
+    ends = th.tensor([0, 9])
+    assert count_tokens(th.tensor([[1, 2, 9, 4, 0], [1, 2, 3, 4, 5]]), ends) == 3 + 5
+    assert count_tokens(th.tensor([[0, 2, 9, 4, 0]]), ends) == 1
+
+
+def test_a_rollout_has_the_mean_length_of_a_completion() -> None:
+    assert steps_per_row(WORKLOADS["tiny"]) == 32
+    mean = sum(0.95 ** (t - 1) for t in range(1, 65))  # each token is written with that chance
+    assert steps_per_row(WORKLOADS["variable"]) == round(mean)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    found = {
+        "bare loop": Found([Timing(10, 1.0, 0.5, 0.5), Timing(10, 2.0, 1.0, 1.0)]),
+        "TokenPPO": Found([Timing(20, 1.0, 0.5, 0.5, 0.02), Timing(20, 2.0, 1.0, 1.0, 0.02)]),
+        "TRL GRPO": Found(error="ImportError: no trl"),
+    }
+    assert ratio(found, "TokenPPO") == 2
+    assert "| 2.00 |" in table(found) and "no trl" in table(found)
+
+
+def test_prompts_have_the_same_number_of_tokens() -> None:
+    workload = WORKLOADS["tiny"]
+    ids = workload.tokenizer()(workload.prompts())["input_ids"]
+    assert {len(row) for row in ids} == {16} and len({tuple(row) for row in ids}) == 32
+
+
+def test_the_bare_loops_advantages_by_hand() -> None:
+    loop = BareLoop.__new__(BareLoop)
+    rewards = th.tensor([[0.0, 0.0, 1.0], [0.0, 2.0, 0.0]])
+    values = th.tensor([[0.1, 0.2, 0.3], [0.5, 0.5, 9.0]])
+    mask = th.tensor([[True, True, True], [True, True, False]])
+    third = 1 - 0.3
+    second = 0.3 - 0.2 + 0.95 * third
+    first = 0.2 - 0.1 + 0.95 * second
+    other = 2 - 0.5
+    expected = th.tensor([[first, second, third], [0.5 - 0.5 + 0.95 * other, other, 0.0]])
+    th.testing.assert_close(loop.gae(rewards, values, mask), expected)
+
+
+@pytest.mark.slow
+def test_one_round_for_real(tmp_path) -> None:
+    line = "--workloads variable --rounds 1 --threads 1 --peers"
+    peers = ["bare loop", "TokenPPO", "generate"]
+    command = [sys.executable, "-m", "benchmarks.throughput", *line.split(), *peers]
+    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, timeout=250)
+    found = json.loads((tmp_path / "throughput.json").read_text())["workloads"]["variable"]
+    assert {peer: facts["error"] for peer, facts in found.items()} == dict.fromkeys(peers)
+    for facts in found.values():
+        (timing,) = facts["timings"]
+        assert timing["tokens"] > 300 and timing["seconds"] > 0 and facts["memory"] > 0
+    report = (tmp_path / "throughput.md").read_text()
+    assert "| TokenPPO |" in report and (tmp_path / "throughput.png").stat().st_size > 5000

@@ -35,7 +35,7 @@ lint: $(BIN)/.installed
 
 type: $(BIN)/.installed
 	$(BIN)/mypy
-	$(BIN)/mypy train.py -p benchmarks
+	$(BIN)/mypy train.py benchmarks
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

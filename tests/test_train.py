@@ -1,6 +1,7 @@
 """The command line: every stage on a user's own files and tiny local models, and its refusals."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -187,6 +188,20 @@ def test_a_saved_config_repeats_the_stage(finished, own, tmp_path) -> None:
     assert train.main(["ppo", "--config", str(config), "--run", str(again)]) == 0
     a, b = ((folder / "policy/model.safetensors").read_bytes() for folder in (finished, again))
     assert a == b
+
+
+def test_a_disk_that_takes_no_more_is_one_clear_line(own, tmp_path, capsys) -> None:
+    """The system refuses to let any file grow past 20 kB; the model has some 150."""
+    run, line = tmp_path / "run", f"sft --model {own}/lm --texts {own}/texts.txt --max_steps 1"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        assert train.main([*line.split(), "--run", str(run)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert "could not save" in error.splitlines()[-2] and "error: " in error
+    assert list(run.iterdir()) == []
 
 
 BAD = {

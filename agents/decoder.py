@@ -6,11 +6,13 @@ Weights that change under it must be announced with `forget`.
 """
 
 import copy
+from typing import Any
 
 import torch as th
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from agents.packed import can_pack, pack_linears, repack
 from agents.sequences import PAD, lengths
 
 
@@ -87,11 +89,12 @@ class CachedDecoder:
     _first: th.Tensor  # (n_slots,) int64, the first column that each slot uses
 
     def __init__(self, lm: PreTrainedModel, dtype: th.dtype = th.float32) -> None:
-        """Decode with `lm`, or with a copy of its weights in another dtype.
+        """Decode with `lm`, or with a copy of its weights: in another dtype, or packed.
 
         Args:
             lm: The causal LM.
-            dtype: What to compute in. A copy follows the weights when `forget` is called.
+            dtype: What to compute in. A copy follows the weights when `forget` is called. In
+                float32 on the CPU its linear layers are packed (`agents.packed`).
 
         Raises:
             ValueError: If the model's layers keep anything else than keys and values.
@@ -122,7 +125,8 @@ class CachedDecoder:
 
     def _follow(self) -> None:
         """Bring the copy's weights up to date. Buffers keep their dtype: positions need it."""
-        if self._dtype == th.float32 or not self._stale:
+        packs = can_pack(self._source.device, self._dtype)
+        if not self._stale or (self._dtype == th.float32 and not packs):
             return
         if self._copy is None or self._copy.device != self._source.device:
             # Told what each parameter's copy is, deepcopy makes none in full precision; what has
@@ -134,10 +138,19 @@ class CachedDecoder:
                 for p in self._source.parameters()
             }
             self._copy = copy.deepcopy(self._source, small)
+            if packs:
+                pack_linears(self._copy.base_model)
+        elif packs:
+            repack(self._copy.base_model)
         else:
             for new, old in zip(self._source.parameters(), self._copy.parameters(), strict=True):
                 if old is not new:
                     old.copy_(new)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what packed weights cannot do: be copied or pickled."""
+        forgotten = dict.fromkeys(("_copy", "_ids", "_hidden", "_cache", "_layers"))
+        return {**self.__dict__, **forgotten, "_stale": True}
 
     def takes(self, ids: th.Tensor) -> bool:
         """Say whether the batch has the shape of the one that is held (or none is held)."""

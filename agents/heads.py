@@ -156,24 +156,28 @@ class _Statistics(th.autograd.Function):
         head: Head,
     ) -> tuple[th.Tensor, th.Tensor]:
         log_prob, entropy = hidden.new_empty(2, len(places), dtype=th.float32)
+        parts = pieces(len(places), len(head.weight))
+        kept = None  # the log-probabilities of all tokens, where they are no more than one piece
         slope = th.empty_like(hidden) if ctx.needs_input_grad[:3] == (True, False, False) else None
         multiplier = weight.to(head.dtype) if slope is not None else weight
-        for part in pieces(len(places), len(head.weight)):
+        for part in parts:
             log_p = log_softmax_(head.logits(hidden[part], part))
             p = log_p.exp()
             log_prob[part] = log_p.gather(1, places[part, None])[:, 0]
-            entropy[part] = -log_p.mul_(p).sum(dim=1)
+            entropy[part] = -(log_p * p).sum(dim=1)
+            if slope is None and len(parts) == 1 and any(ctx.needs_input_grad):
+                kept = log_p
             if slope is not None:  # 1_a − p before it is rounded: near p(a) = 1 it is small
                 p.scatter_add_(1, places[part, None], p.new_full((len(p), 1), -1.0))
                 slope[part] = (p.to(head.dtype) @ multiplier).to(hidden.dtype) / -head.temperature
-        ctx.save_for_backward(hidden, weight, bias, places, entropy, slope)
+        ctx.save_for_backward(hidden, weight, bias, places, entropy, slope, kept)
         ctx.head = head
         return log_prob, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_log_prob: th.Tensor, d_entropy: th.Tensor) -> tuple:
-        hidden, weight, bias, places, entropy, slope = ctx.saved_tensors
+        hidden, weight, bias, places, entropy, slope, kept = ctx.saved_tensors
         head: Head = ctx.head
         if slope is not None and not bool(d_entropy.any()):
             return (d_log_prob[:, None] * slope).to(hidden.dtype), None, None, None, None
@@ -183,7 +187,7 @@ class _Statistics(th.autograd.Function):
         d_bias = th.zeros_like(bias, dtype=th.float32) if wanted["bias"] else None
         multiplier = weight.to(head.dtype)
         for part in pieces(len(places), len(head.weight)):
-            log_p = log_softmax_(head.logits(hidden[part], part))
+            log_p = log_softmax_(head.logits(hidden[part], part)) if kept is None else kept
             d_logits = -d_log_prob[part, None] * log_p.exp()
             if bool(d_entropy[part].any()):
                 p_log_p = log_p.exp() * (log_p + entropy[part, None])

@@ -218,8 +218,10 @@ class TRL:
                 dataloader_pin_memory=False,
                 generation_kwargs={"eos_token_id": self.ends.tolist()} if len(self.ends) else None,
             )
+            model = f"{folder}/model"  # the trainers load the reference by the model's name
+            self.workload.model().save_pretrained(model)
             trainer = getattr(trl, f"{self.name}Trainer")(
-                model=self.workload.model(),
+                model=model,
                 reward_funcs=[counted],
                 args=arguments,
                 train_dataset=Dataset.from_dict({"prompt": self.workload.prompts()}),

@@ -1,6 +1,7 @@
 """Cached decoding against full forward passes."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -300,9 +301,28 @@ def test_similar_lengths_take_each_row_once_and_pad_little() -> None:
     length = th.randint(1, 60, (200,))
     groups = similar_lengths(length, 256)
     assert th.cat(groups).sort().values.tolist() == list(range(200))
-    assert len(groups) > 10 and min(int(length[g].sum()) for g in groups) > 128
+    assert len(groups) > 7 and min(int(length[g].sum()) for g in groups) > 128
     padded = sum(len(g) * int(length[g].max()) for g in groups)
     assert padded < 1.15 * int(length.sum())
+
+
+def test_rows_of_one_length_are_one_group() -> None:
+    assert len(similar_lengths(th.full((64,), 48), 256)) == 1
+    length = th.tensor([48] * 60 + [20] * 60)
+    assert len(similar_lengths(length, 256)) == 2
+
+
+def test_a_policy_that_has_decoded_can_be_copied_and_pickled(make_lm) -> None:
+    policy, rows = make_policy(make_lm(V)), Rows(4)
+    with th.no_grad():
+        expected = policy.predict_values(rows.tensor())
+        for twin in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+            found = twin.get_distribution(rows.tensor()).distribution.logits
+            th.testing.assert_close(
+                found, full_log_probs(policy.lm, rows.tensor()), atol=1e-5, rtol=0
+            )
+            assert twin.decoder.lm is not policy.decoder.lm
+            th.testing.assert_close(twin.predict_values(rows.tensor()), expected)
 
 
 def test_observations_as_floats_hold_the_same_ids(make_lm) -> None:

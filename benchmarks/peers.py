@@ -42,14 +42,19 @@ class Bare:
 
 
 class Ours:
-    """TokenPPO in TextVecEnv, as a user calls it: `learn`, one rollout at a time."""
+    """TokenPPO in TextVecEnv, as a user calls it: `learn`, one rollout at a time.
 
-    def __init__(self, workload: Workload, dtype: str) -> None:
+    Rows go on with their next prompt at once, and a rollout has as many tokens as one of the
+    padded loop; or, with `whole`, it is one whole completion per prompt, as there.
+    """
+
+    def __init__(self, workload: Workload, dtype: str, whole: bool = False) -> None:
         self.model = TokenPPO(
             "CausalLMPolicy",
-            text_env(workload),
+            text_env(workload, autoreset=not whole),
             learning_rate=bare.LEARNING_RATE,
-            n_steps=steps_per_row(workload),
+            n_steps=workload.max_new_tokens if whole else steps_per_row(workload),
+            whole_episodes=whole,
             batch_size=10**9,
             n_epochs=workload.n_epochs,
             kl_coef=bare.KL_COEF,
@@ -79,11 +84,11 @@ class Ours:
 
     def run(self, report: Report) -> None:
         """Do iterations."""
-        tokens = self.model.n_envs * self.model.n_steps
         while True:
             self.spent = dict.fromkeys(self.spent, 0.0)
-            start = time.perf_counter()
-            self.model.learn(tokens, reset_num_timesteps=False)
+            start, before = time.perf_counter(), self.model.num_timesteps
+            self.model.learn(1, reset_num_timesteps=False)  # one rollout and its update
+            tokens = self.model.num_timesteps - before
             seconds = time.perf_counter() - start
             rollout = seconds - self.spent["update"] - self.spent["reference"]
             bookkeeping = rollout - self.spent["policy"]
@@ -237,6 +242,8 @@ PEERS: dict[str, Callable[[Workload], Any]] = {
     "bare loop, bf16": lambda w: Bare(w, "bfloat16"),
     "TokenPPO": lambda w: Ours(w, "float32"),
     "TokenPPO, bf16": lambda w: Ours(w, "bfloat16"),
+    "TokenPPO, whole episodes": lambda w: Ours(w, "float32", whole=True),
+    "TokenPPO, whole episodes, bf16": lambda w: Ours(w, "bfloat16", whole=True),
     "generate": lambda w: Generate(w, "float32"),
     "stock SB3 PPO": lambda w: StockSB3(w, "float32"),
     "TRL GRPO": lambda w: TRL(w, "float32", "GRPO"),
@@ -244,10 +251,11 @@ PEERS: dict[str, Callable[[Workload], Any]] = {
 }
 
 
-def text_env(workload: Workload) -> TextVecEnv:
+def text_env(workload: Workload, autoreset: bool = True) -> TextVecEnv:
     """Return the workload's environment."""
     return TextVecEnv(
         num_envs=workload.n_prompts,
+        autoreset=autoreset,
         tokenizer=workload.tokenizer(),
         prompts=workload.prompts(),
         reward_fn=reward,

@@ -31,6 +31,8 @@ PEERS = (
     "bare loop, bf16",
     "TokenPPO",
     "TokenPPO, bf16",
+    "TokenPPO, whole episodes",
+    "TokenPPO, whole episodes, bf16",
     "generate",
     "stock SB3 PPO",
     "TRL GRPO",
@@ -255,7 +257,9 @@ def main() -> None:
     results: dict[str, dict[str, Found]] = {}
     parts = ["# Throughput", f"At the start: {machine(chosen.threads)}."]
     for workload in chosen.workloads:
-        found = measure(workload, chosen.peers, chosen.rounds, chosen.threads, chosen.patience)
+        # Where no completion ends early, whole episodes are what the other rollouts are too.
+        peers = [p for p in chosen.peers if workload == "variable" or "whole" not in p]
+        found = measure(workload, peers, chosen.rounds, chosen.threads, chosen.patience)
         results[workload] = found
         parts += [f"## {workload}", table(found)]
         say(f"\n{workload}\n{table(found)}\n")

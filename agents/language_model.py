@@ -110,7 +110,8 @@ class TokenModel(nn.Module):
         head = Head.of(layer, self.allowed_tokens, self.temperature)._replace(dtype=self.dtype)
         if batch is None or batch.masks is None:
             return head
-        return head._replace(masks=batch.masks[:, head.token_ids], mask_id=batch.mask_id)
+        masks = batch.masks[:, head.token_ids]
+        return head if bool(masks.all()) else head._replace(masks=masks, mask_id=batch.mask_id)
 
 
 class Reference(TokenModel):

@@ -47,11 +47,12 @@ class SampleTextCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         self._rollouts += 1
         episodes = getattr(self.model, "finished_episodes", [])
-        if (self._rollouts - 1) % self.every or not episodes:
+        n_shown = min(self.n_samples, len(episodes))
+        if (self._rollouts - 1) % self.every or n_shown < 1:
             return
         # They stand in the order of their ends: the first ones are the shortest.
         episodes = sorted(episodes, key=lambda episode: (episode["row"], episode["step"]))
-        chosen = episodes[:: max(1, len(episodes) // self.n_samples)][: self.n_samples]
+        chosen = [episodes[i * len(episodes) // n_shown] for i in range(n_shown)]
         rows = [{key: episode.get(key) for key in COLUMNS} for episode in chosen]
         self.logger.record(
             "samples/completions", table(rows), exclude=("stdout", "log", "json", "csv")

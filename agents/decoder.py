@@ -126,7 +126,10 @@ class CachedDecoder:
     def _follow(self) -> None:
         """Bring the copy's weights up to date. Buffers keep their dtype: positions need it."""
         packs = can_pack(self._source.device, self._dtype)
-        if not self._stale or (self._dtype == th.float32 and not packs):
+        if not self._stale:
+            return
+        if self._dtype == th.float32 and not packs:
+            self._copy = None
             return
         if self._copy is None or self._copy.device != self._source.device:
             # Told what each parameter's copy is, deepcopy makes none in full precision; what has
@@ -175,7 +178,11 @@ class CachedDecoder:
             self._begin(ids, rows)
         elif len(rows) <= 0.75 * len(self._rows):
             self._drop_held(live)
-        found = self._hidden_of(ids[self._rows])
+        try:
+            found = self._hidden_of(ids[self._rows])
+        except BaseException:  # interrupted, or out of memory: the cache is half-written
+            self.forget()
+            raise
         whole = found.new_zeros(len(ids), found.shape[1])
         whole[self._rows] = found
         return whole.masked_fill_(~live[:, None], 0)

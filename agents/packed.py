@@ -16,11 +16,15 @@ class PackedLinear(nn.Module):
         """Pack the weights that `layer` has now."""
         super().__init__()
         self._layer = (layer,)  # in a tuple: its parameters are not this module's
+        self._seen = -1
         self.pack()
 
     def pack(self) -> None:
-        """Take the layer's weights as they are now."""
+        """Take the layer's weights as they are now; those that do not learn, only if changed."""
         layer = self._layer[0]
+        if not layer.weight.requires_grad and layer.weight._version == self._seen:
+            return
+        self._seen = layer.weight._version
         weight = layer.weight.detach()
         weight = weight.T if isinstance(layer, Conv1D) else weight
         self.weight = th.ops.mkldnn._reorder_linear_weight(weight.contiguous())
@@ -48,5 +52,6 @@ def repack(model: nn.Module) -> None:
 
 def can_pack(device: th.device, dtype: th.dtype) -> bool:
     """Say whether packing is possible here, and worth it."""
-    available = th.backends.mkldnn.is_available() and hasattr(th.ops.mkldnn, "_linear_pointwise")
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    available = th.backends.mkldnn.is_available() and all(hasattr(th.ops.mkldnn, n) for n in names)
     return device.type == "cpu" and dtype == th.float32 and available

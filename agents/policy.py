@@ -108,8 +108,17 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         self.optimizer = optimizer_class(  # type: ignore[call-arg]
             trainable, lr=lr_schedule(1), **self.optimizer_kwargs
         )
+        self._watch_optimizer()
+
+    def _watch_optimizer(self) -> None:
+        """Check gradients before each of the optimizer's steps; forget what was decoded after."""
         self.optimizer.register_step_pre_hook(require_finite_gradients)
         self.optimizer.register_step_post_hook(lambda *_: self.decoder.forget())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come back from a copy or a pickle: optimizers leave their hooks behind there."""
+        super().__setstate__(state)
+        self._watch_optimizer()
 
     def load_from_vector(self, vector: np.ndarray) -> None:
         """Load parameters from a flat vector, as in SB3."""

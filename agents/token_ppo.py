@@ -219,6 +219,7 @@ class TokenPPO(PPO):
         self.policy.action_masks = self.rollout_buffer.action_masks = masks
         self.finished_episodes = []
         if self.whole_episodes:
+            self._require_long_rollouts(env)
             self._last_obs = env.reset()  # type: ignore[assignment]
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         self._open_kl[self._last_episode_starts] = 0
@@ -236,8 +237,8 @@ class TokenPPO(PPO):
 
     @num_timesteps.setter
     def num_timesteps(self, value: int) -> None:
-        held = int((self._last_obs[:, 0] == PAD).sum()) if self._collecting else 0
-        self._num_timesteps = value - held
+        steps = self._collecting and self._last_obs is not None
+        self._num_timesteps = value - (int((self._last_obs[:, 0] == PAD).sum()) if steps else 0)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         """Set callbacks up as SB3 does, with a progress bar that counts tokens."""
@@ -254,6 +255,17 @@ class TokenPPO(PPO):
         trained = buffer.lengths > 0
         explained = explained_variance(buffer.values[trained], buffer.returns[trained])
         self.logger.record("train/explained_variance", explained)
+
+    def _require_long_rollouts(self, env: VecEnv) -> None:
+        """Refuse rollouts that would cut episodes, for the next one to throw them away."""
+        if not all(env.has_attr(name) for name in ("autoreset", "max_new_tokens")):
+            return
+        longest = env.get_attr("max_new_tokens")[0]
+        if not env.get_attr("autoreset")[0] and self.n_steps < longest:
+            raise ValueError(
+                f"whole_episodes: expected n_steps of at least {longest}, the environment's "
+                f"max_new_tokens, got {self.n_steps}: episodes would be cut and never scored"
+            )
 
     def _allow_tokens_of(self, env: VecEnv) -> None:
         """Let the policy choose the tokens that the environment ever allows, if it says so."""
@@ -278,7 +290,6 @@ class TokenPPO(PPO):
     def _finish_rollout(self) -> None:
         """Subtract the KL penalty from the rollout's rewards, and log what the rollout shows."""
         self.policy.decoder.forget()  # its cache is the largest thing there is, and of no more use
-        self._require_whole_episodes()
         self._log_episodes()
         ref_log_probs, exact = self._second_look()
         if self.reference is None:
@@ -301,19 +312,6 @@ class TokenPPO(PPO):
             ref_kl = float(np.mean([episode["ref_kl"] for episode in self.finished_episodes]))
             self.logger.record("rollout/ref_kl", ref_kl)
             self.kl.update(ref_kl, len(self.finished_episodes))
-
-    def _require_whole_episodes(self) -> None:
-        """Refuse a rollout that cut episodes which the next one would throw away."""
-        assert self.env is not None
-        if not self.whole_episodes or not self.env.has_attr("autoreset"):
-            return
-        ended = {episode["row"] for episode in self.finished_episodes}
-        if not self.env.get_attr("autoreset")[0] and len(ended) < self.n_envs:
-            raise ValueError(
-                f"whole_episodes: expected every row to end within n_steps={self.n_steps} tokens, "
-                f"got {self.n_envs - len(ended)} of {self.n_envs} that did not: n_steps must be "
-                "the environment's max_new_tokens or more"
-            )
 
     @th.no_grad()
     def _second_look(self) -> tuple[np.ndarray, float]:
@@ -379,7 +377,7 @@ class TokenPPO(PPO):
 
     def _excluded_save_params(self) -> list[str]:
         """Keep models and text out of SB3's pickled part."""
-        return [*super()._excluded_save_params(), "reference", "finished_episodes"]
+        return [*super()._excluded_save_params(), "reference", "finished_episodes", "_collecting"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         """Save the reference's weights too, if nothing else could bring them back."""

@@ -78,24 +78,31 @@ class BareLoop:
         ids, cache = self.prompts, DynamicCache(config=self.lm.config)
         running, counted = th.ones(len(ids), dtype=th.bool), []
         token = ids
-        for _ in range(self.workload.max_new_tokens):
-            with self.autocast:
-                output = self.lm(input_ids=token, past_key_values=cache, use_cache=True)
-            probabilities = output.logits[:, -1].float().softmax(dim=-1)
-            token = th.multinomial(probabilities, 1)
-            ids = th.cat((ids, token), dim=1)
-            counted.append(running)
-            running = running & ~th.isin(token[:, 0], self.ends)
-            if not bool(running.any()):
-                break
+        with self.autocast:  # around the loop: it casts the weights once
+            for _ in range(self.workload.max_new_tokens):
+                output = self.lm(
+                    input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+                probabilities = output.logits[:, -1].float().softmax(dim=-1)
+                token = th.multinomial(probabilities, 1)
+                ids = th.cat((ids, token), dim=1)
+                counted.append(running)
+                running = running & ~th.isin(token[:, 0], self.ends)
+                if not bool(running.any()):
+                    break
         return ids, th.stack(counted, dim=1)
 
     def evaluate(self, lm: th.nn.Module, ids: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """Return log-probabilities and values of the completion tokens, (B, T) each."""
         n_prompt = self.prompts.shape[1]
         with self.autocast:
-            output = lm(input_ids=ids[:, :-1], output_hidden_states=True, use_cache=False)
-        log_probs = output.logits[:, n_prompt - 1 :].float().log_softmax(dim=-1)
+            output = lm(
+                input_ids=ids[:, :-1],
+                output_hidden_states=True,
+                use_cache=False,
+                logits_to_keep=ids.shape[1] - n_prompt,
+            )
+        log_probs = output.logits.float().log_softmax(dim=-1)
         chosen = log_probs.gather(2, ids[:, n_prompt:, None])[..., 0]
         hidden = output.hidden_states[-1][:, n_prompt - 1 :].float()
         return chosen, self.value_head(hidden)[..., 0]

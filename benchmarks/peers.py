@@ -193,6 +193,10 @@ class TRL:
             return reward(prompts, completions)
 
         class AfterIteration(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                nonlocal start
+                start = time.perf_counter()
+
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 nonlocal start
                 if state.global_step % epochs == 0:

@@ -46,14 +46,18 @@ class Found:
     """What a peer showed in one workload.
 
     Args:
-        timings: a timing per round.
+        timings: a timing per round; round 0, the warm-up, counts where it is the only one.
         memory: peak resident memory above the imports, bytes.
         error: why there is nothing, if so.
     """
 
-    timings: list[Timing] = field(default_factory=list)
+    timings: dict[int, Timing] = field(default_factory=dict)
     memory: int = 0
     error: str | None = None
+
+    def counted(self) -> dict[int, Timing]:
+        """Return the timings that count, by round."""
+        return {r: t for r, t in self.timings.items() if r > 0} or self.timings
 
 
 def work(pipe: Connection, workload: str, peer: str, threads: int) -> None:
@@ -64,6 +68,9 @@ def work(pipe: Connection, workload: str, peer: str, threads: int) -> None:
     from benchmarks.peers import PEERS, Stop
     from benchmarks.workloads import WORKLOADS
 
+    if peer.startswith("TRL"):  # its imports are not its memory
+        import datasets  # noqa: F401
+        import trl  # noqa: F401
     th.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -123,10 +130,8 @@ def measure(
                 del pipes[peer]
                 continue
             timing, found[peer].memory = answer
-            slow = number == 0 and timing.seconds > patience
-            if number > 0 or slow:
-                found[peer].timings.append(timing)
-            if slow:
+            found[peer].timings[number] = timing
+            if number == 0 and timing.seconds > patience:
                 pipes.pop(peer).send(False)
     for pipe in pipes.values():
         pipe.send(False)
@@ -151,7 +156,8 @@ def take(pipe: Connection, found: Found) -> Any:
 def ratio(found: dict[str, Found], peer: str) -> float:
     """Return the median over the rounds of a peer's speed over the bare loop's."""
     base = found.get(BASE, Found()).timings
-    pairs = [speed(mine) / speed(its) for mine, its in zip(found[peer].timings, base, strict=False)]
+    mine = found[peer].counted()
+    pairs = [speed(timing) / speed(base[r]) for r, timing in mine.items() if r in base]
     return median(pairs) if pairs else nan
 
 
@@ -167,7 +173,7 @@ def middle(values: list[float]) -> float:
 
 def row(found: dict[str, Found], peer: str) -> list[float]:
     """Return a peer's figures: tokens/s, ratio, rollout and update tokens/s, memory in GiB."""
-    timings = found[peer].timings
+    timings = found[peer].counted().values()
     return [
         middle([speed(t) for t in timings]) if peer != "generate" else nan,
         ratio(found, peer) if peer != "generate" else nan,
@@ -191,7 +197,8 @@ def table(found: dict[str, Found]) -> str:
         a, b, c, d, e, f = row(found, peer)
         cells = [f"{a:,.0f}", f"{b:.2f}", f"{c:,.0f}", f"{d:,.0f}", f"{e:.1%}", f"{f:.2f}"]
         cells = ["" if "nan" in cell else cell for cell in cells]
-        lines.append(f"| {peer} | " + " | ".join(cells) + " |")
+        note = " (first iteration only)" if list(found[peer].timings) == [0] else ""
+        lines.append(f"| {peer}{note} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -258,7 +265,8 @@ def main() -> None:
     parts = ["# Throughput", f"At the start: {machine(chosen.threads)}."]
     for workload in chosen.workloads:
         # Where no completion ends early, whole episodes are what the other rollouts are too.
-        peers = [p for p in chosen.peers if workload == "variable" or "whole" not in p]
+        same = [p.replace(", whole episodes", "") for p in chosen.peers]
+        peers = chosen.peers if workload == "variable" else list(dict.fromkeys(same))
         found = measure(workload, peers, chosen.rounds, chosen.threads, chosen.patience)
         results[workload] = found
         parts += [f"## {workload}", table(found)]
@@ -270,7 +278,7 @@ def main() -> None:
     raw = {
         workload: {
             peer: {
-                "timings": [t._asdict() for t in f.timings],
+                "timings": {r: t._asdict() for r, t in f.timings.items()},
                 "memory": f.memory,
                 "error": f.error,
             }

@@ -323,6 +323,39 @@ def test_a_policy_that_has_decoded_can_be_copied_and_pickled(make_lm) -> None:
             )
             assert twin.decoder.lm is not policy.decoder.lm
             th.testing.assert_close(twin.predict_values(rows.tensor()), expected)
+            with th.enable_grad():
+                changed_by_optimizer(twin)
+            found = twin.get_distribution(rows.tensor()).distribution.logits
+            expected_now = full_log_probs(twin.lm, rows.tensor())
+            th.testing.assert_close(found, expected_now, atol=1e-5, rtol=0)
+
+
+def test_a_decoder_that_may_not_pack_any_more_decodes_with_the_model(make_lm, monkeypatch) -> None:
+    policy, ids = make_policy(make_lm(V)), Rows(3).tensor()
+    with th.no_grad():
+        policy.predict_values(ids)
+        monkeypatch.setattr("agents.decoder.can_pack", lambda *_: False)
+        policy.decoder.forget()
+        policy.predict_values(ids)
+        assert policy.decoder.lm is policy.lm
+
+
+def test_an_interrupted_decode_leaves_nothing_half_done(make_lm, monkeypatch) -> None:
+    lm = make_lm(V)
+    policy, rows = make_policy(lm), Rows(4)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with th.no_grad():
+        monkeypatch.setattr(policy.decoder, "_decode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            policy.predict_values(rows.tensor())
+        monkeypatch.undo()
+        ids = rows.tensor()
+        ids[2:] = -1
+        found = policy.get_distribution(ids).distribution.logits[:2]
+        th.testing.assert_close(found, full_log_probs(lm, ids[:2]), atol=1e-5, rtol=0)
 
 
 def test_observations_as_floats_hold_the_same_ids(make_lm) -> None:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch as th
 from conftest import tiny_gpt2
-from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, ConvertCallback
 from stable_baselines3.common.utils import explained_variance
 from test_agents_token_ppo import AtRolloutEnd, arguments, make_model
 
 import text_env
-from agents import SampleTextCallback
+from agents import SampleTextCallback, TokenPPO
 from agents.callbacks import TokenProgressBar
 
 
@@ -100,8 +100,19 @@ def test_samples_are_not_the_shortest_episodes(tmp_path) -> None:
 
 def test_n_steps_shorter_than_the_episodes_is_refused() -> None:
     env = holding_env(max_new_tokens=6, min_new_tokens=6)
-    with pytest.raises(ValueError, match=r"n_steps=4 tokens, got 6 of 6"):
+    with pytest.raises(ValueError, match=r"n_steps of at least 6, .* got 4"):
         make(env, n_steps=4).learn(64)
+
+
+def test_a_zip_saved_within_a_rollout_can_be_trained_on(tmp_path) -> None:
+    make().learn(40, callback=CheckpointCallback(2, str(tmp_path)))
+    saved = sorted(tmp_path.glob("*.zip"))
+    assert saved
+    for path in saved[:2]:
+        loaded = TokenPPO.load(path, env=holding_env(), device="cpu")
+        assert f"_{loaded.num_timesteps}_steps" in path.name
+        loaded.learn(40)
+        assert loaded.num_timesteps >= 40
 
 
 def test_the_default_jobs_combination_trains() -> None:

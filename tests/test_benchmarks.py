@@ -31,11 +31,14 @@ def test_a_rollout_has_the_mean_length_of_a_completion() -> None:
 
 def test_ratios_are_taken_round_by_round() -> None:
     found = {
-        "bare loop": Found([Timing(10, 1.0, 0.5, 0.5), Timing(10, 2.0, 1.0, 1.0)]),
-        "TokenPPO": Found([Timing(20, 1.0, 0.5, 0.5, 0.02), Timing(20, 2.0, 1.0, 1.0, 0.02)]),
+        "bare loop": Found({r: Timing(10, s, s / 2, s / 2) for r, s in ((0, 9), (1, 1), (2, 2))}),
+        "TokenPPO": Found({r: Timing(20, s, s / 2, s / 2) for r, s in ((0, 1), (1, 1), (2, 2))}),
+        "stock SB3 PPO": Found({0: Timing(10, 90.0, 50.0, 40.0)}),
         "TRL GRPO": Found(error="ImportError: no trl"),
     }
     assert ratio(found, "TokenPPO") == 2
+    assert ratio(found, "stock SB3 PPO") == pytest.approx(0.1)
+    assert "| stock SB3 PPO (first iteration only) |" in table(found)
     assert "| 2.00 |" in table(found) and "no trl" in table(found)
 
 
@@ -61,13 +64,14 @@ def test_the_bare_loops_advantages_by_hand() -> None:
 @pytest.mark.slow
 def test_one_round_for_real(tmp_path) -> None:
     line = "--workloads variable --rounds 1 --threads 1 --peers"
-    peers = ["bare loop", "TokenPPO", "generate"]
+    peers = ["bare loop", "TokenPPO", "TokenPPO, whole episodes", "generate"]
     command = [sys.executable, "-m", "benchmarks.throughput", *line.split(), *peers]
     subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, timeout=250)
     found = json.loads((tmp_path / "throughput.json").read_text())["workloads"]["variable"]
     assert {peer: facts["error"] for peer, facts in found.items()} == dict.fromkeys(peers)
     for facts in found.values():
-        (timing,) = facts["timings"]
+        assert set(facts["timings"]) == {"0", "1"}
+        timing = facts["timings"]["1"]
         assert timing["tokens"] > 300 and timing["seconds"] > 0 and facts["memory"] > 0
     report = (tmp_path / "throughput.md").read_text()
     assert "| TokenPPO |" in report and (tmp_path / "throughput.png").stat().st_size > 5000

@@ -58,6 +58,11 @@ class TextVecEnv(VecEnv):
         return self.task.tokenizer
 
     @property
+    def max_new_tokens(self) -> int:
+        """Tokens of the longest completion."""
+        return self.task.max_new_tokens
+
+    @property
     def allowed_tokens(self) -> np.ndarray:
         """Tokens that may be allowed at all, shape (V,), bool, read-only."""
         return self.task.vocabulary.allowed_tokens

@@ -244,9 +244,9 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(name, own, tmp_path, cap
     arguments = [*line.format(own=own).split(), "--run", str(run)]
     if line.startswith("ppo") and "--policy" in line:
         arguments += ["--reward_model", str(own / "encoder")]
+    capsys.readouterr()  # what saving those folders printed
     assert train.main(arguments) == 1
-    # A bar that an earlier, interrupted test left open may end its line here.
-    error = capsys.readouterr().err.strip()
+    error = capsys.readouterr().err
     assert message in error.splitlines()[0] and "error: " in error
     assert list(run.iterdir()) == []
 

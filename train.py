@@ -199,6 +199,8 @@ class Run:
 def run(common: Common, settings: Run) -> None:
     """Do all stages: warm start, reward model and judge, PPO, evaluation."""
     start = time.time()
+    require_files(settings)  # now, not when the stage that reads them begins
+    say(f"Run folder: {common.run}")
     sft(common, settings.sft)
     reward(common, settings.reward)
     ppo(common, settings.ppo)
@@ -430,6 +432,7 @@ def data(common: Common) -> Path:
 
     folder = folder_of(common) / "data"
     if not folder.exists():
+        say("No files of your own given: movie sentences rated by people are the data.")
         rated = {tidy(item.text): item for item in load_human_ratings(("movies",))}
         parts = split_by_hash(rated, SHARES)
         test = prompts_of(parts["test"])
@@ -527,6 +530,14 @@ MAKES = {
 """What each stage leaves in the run folder."""
 
 
+def require_files(settings: Run) -> None:
+    """Raise FileNotFoundError if a file that some stage is told to read is not there."""
+    for part in fields(settings):
+        for name, value in vars(getattr(settings, part.name)).items():
+            if isinstance(value, Path) and not value.exists():
+                raise FileNotFoundError(f"{part.name}.{name}: expected a file, got '{value}'")
+
+
 def refuse_to_replace(common: Common, name: str) -> None:
     """Raise FileExistsError if a stage, or one of a whole run, would replace results."""
     names = list(MAKES) if name == "run" else [name]
@@ -534,8 +545,9 @@ def refuse_to_replace(common: Common, name: str) -> None:
     there = [str(path) for path in paths if path.exists()]
     if there and not common.overwrite:
         raise FileExistsError(
-            f"{', '.join(there)} exist already: choose another --run folder, or pass "
-            "--overwrite true"
+            f"{', '.join(there)} exist already: choose another --run folder, pass "
+            "--overwrite true, or go on with a stage that is missing (sft, reward, ppo, evaluate), "
+            f"such as: python train.py ppo --run {folder_of(common)}"
         )
 
 
@@ -873,9 +885,7 @@ def write_report(
         "# What the run did",
         summary(facts) + ".",
         f"{len(groups[POLICY])} test prompts, each continued once by every writer; 95 % intervals "
-        "in brackets. Score, judge and lexicon read prompt and completion together. "
-        + judge_note(facts)
-        + "The KL of best-of-n is the bound log n - (n - 1)/n.",
+        "in brackets. " + notes(facts, groups),
         measures_table(facts["measures"]),
         "![curves](curves.png)" if rows else "",
         "## Samples",
@@ -887,13 +897,17 @@ def write_report(
         file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def judge_note(facts: dict[str, Any]) -> str:
-    """Say what the judge is, if there is one."""
-    if "judge_scale" not in facts:
-        return ""
-    scale = facts["judge_scale"]
-    unit = f"on the human scale, {scale[0]:g} to {scale[1]:g}" if scale else "in logits"
-    return f"The judge, {unit}, has learned from other feedback than the reward model. "
+def notes(facts: dict[str, Any], groups: dict[str, Episodes]) -> str:
+    """Say how to read the measures that there are."""
+    parts = ["All scores are of prompt and completion together."]
+    if "judge_scale" in facts:
+        scale = facts["judge_scale"]
+        unit = f"on the human scale, {scale[0]:g} to {scale[1]:g}" if scale else "in logits"
+        parts.append(f"The judge, {unit}, was never a reward.")
+    parts.append("A greedy choice's KL is -log of the warm start's probability of the text.")
+    if any(name.startswith("best of") for name in groups):
+        parts.append("The KL of best-of-n is the bound log n - (n - 1)/n.")
+    return " ".join(parts)
 
 
 def read_lines(path: Path) -> list[str]:

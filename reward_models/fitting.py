@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -144,6 +145,8 @@ def train(
         callbacks=[_Watch(on_log)],
     )
     trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_Bar())
     try:
         return trainer.train()
     finally:
@@ -190,6 +193,13 @@ class _FeedbackTrainer(Trainer):
         examples = self.train_dataset if train_dataset is None else train_dataset
         lengths = [max(map(len, example.rows)) for example in examples]
         return SimilarLength(lengths, self.args.train_batch_size)
+
+
+class _Bar(ProgressCallback):
+    """transformers' progress bar without a line of the log every few steps."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 class _Watch(TrainerCallback):

@@ -251,6 +251,14 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(name, own, tmp_path, cap
     assert list(run.iterdir()) == []
 
 
+def test_a_run_looks_for_its_files_before_the_first_stage(own, tmp_path, capsys) -> None:
+    line = f"run --run {tmp_path}/run --sft.texts {own}/texts.txt --evaluate.prompts {own}/nope.txt"
+    assert train.main(line.split()) == 1
+    error = capsys.readouterr().err
+    assert "evaluate.prompts: expected a file" in error and "nope.txt" in error
+    assert not (tmp_path / "run/sft").exists()
+
+
 def test_help_is_instant_and_imports_no_torch() -> None:
     code = (
         "import sys, train\n"

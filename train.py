@@ -432,7 +432,7 @@ def data(common: Common) -> Path:
 
     folder = folder_of(common) / "data"
     if not folder.exists():
-        say("No files of your own given: movie sentences rated by people are the data.")
+        say("What is not given comes from movie sentences rated by people.")
         rated = {tidy(item.text): item for item in load_human_ratings(("movies",))}
         parts = split_by_hash(rated, SHARES)
         test = prompts_of(parts["test"])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from agents.decoder import CachedDecoder
 from agents.frozen_layers import count_frozen, freeze_below, round_frozen
-from agents.heads import Head, log_prob_of, mask_logits_, sample
+from agents.heads import log_prob_of, mask_logits_, sample
 from agents.language_model import LM, TokenModel, check_positions, load_lm
 from agents.masks import ActionMasks
 from agents.sequences import PAD, TokenBatch, one_state_per_row
@@ -147,18 +147,12 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             Tokens (n,) int64, values (n, 1) and log-probabilities (n,) in nats.
         """
         masks = None if self.action_masks is None else self.action_masks.ask()
-        tokens = th.zeros(len(obs), dtype=th.long, device=obs.device)
+        rows, chosen, hidden, logits, places = self._choose(obs, masks, deterministic)
+        tokens = rows.new_zeros(len(obs))
         values = th.zeros(len(obs), 1, device=obs.device)
         log_prob = th.zeros(len(obs), device=obs.device)
-        acting = (obs[:, 0] != PAD).nonzero()[:, 0]
-        if len(acting):
-            hidden, lm = self._last_hidden(obs)
-            hidden, head = hidden[acting], self.head(lm=lm)
-            logits = self._masked_logits(hidden, head, acting, masks)
-            places = logits.argmax(dim=1) if deterministic else sample(logits)
-            tokens[acting] = head.token_ids[places]
-            values[acting] = self._values(hidden)
-            log_prob[acting] = log_prob_of(logits, places)
+        tokens[rows], values[rows] = chosen, self._values(hidden)
+        log_prob[rows] = log_prob_of(logits, places)
         return tokens, values, log_prob
 
     def _predict(
@@ -168,18 +162,13 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         action_masks: np.ndarray | None = None,
     ) -> th.Tensor:
         """Choose the next token (n,) of each row, without a value; any token for held rows."""
-        tokens = th.zeros(len(observation), dtype=th.long, device=observation.device)
-        acting = (observation[:, 0] != PAD).nonzero()[:, 0]
-        if len(acting):
-            masks = None
-            if action_masks is not None:
-                masks = th.as_tensor(action_masks, dtype=th.bool, device=tokens.device)
-                masks = masks.reshape(-1, self.vocab_size).expand(len(tokens), -1)
-            hidden, lm = self._last_hidden(observation)
-            head = self.head(lm=lm)
-            logits = self._masked_logits(hidden[acting], head, acting, masks)
-            places = logits.argmax(dim=1) if deterministic else sample(logits)
-            tokens[acting] = head.token_ids[places]
+        masks = None
+        if action_masks is not None:
+            masks = th.as_tensor(action_masks, dtype=th.bool, device=observation.device)
+            masks = masks.reshape(-1, self.vocab_size).expand(len(observation), -1)
+        rows, chosen, *_ = self._choose(observation, masks, deterministic)
+        tokens = rows.new_zeros(len(observation))
+        tokens[rows] = chosen
         return tokens
 
     def predict(
@@ -276,14 +265,28 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             self._weights_seen = weights
         return self.decoder.hidden(ids), self.decoder.lm
 
-    def _masked_logits(
-        self, hidden: th.Tensor, head: Head, rows: th.Tensor, masks: th.Tensor | None
-    ) -> th.Tensor:
-        """Map the states (n, H) of some rows to logits (n, A) under their masks, (n_envs, V)."""
+    def _choose(
+        self, obs: th.Tensor, masks: th.Tensor | None, deterministic: bool
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        """Choose the next token of each row that is not held, k of n.
+
+        Args:
+            obs: (n, L) ids.
+            masks: (n, V) bool, or None.
+            deterministic: Take the likeliest token instead of sampling.
+
+        Returns:
+            The rows, their tokens, states (k, H), masked logits (k, A) and chosen places among
+            these; all else (k,) int64.
+        """
+        hidden, lm = self._last_hidden(obs)
+        rows = (obs[:, 0] != PAD).nonzero()[:, 0]
+        hidden, head = hidden[rows], self.head(lm=lm)
         logits = head.logits(hidden)
         if masks is not None:
             mask_logits_(logits, masks[rows[:, None], head.token_ids])
-        return logits
+        places = logits.argmax(dim=1) if deterministic else sample(logits)
+        return rows, head.token_ids[places], hidden, logits, places
 
     def _values(self, hidden: th.Tensor) -> th.Tensor:
         """Map states (N, H) to values (N, 1)."""

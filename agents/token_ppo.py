@@ -291,6 +291,8 @@ class TokenPPO(PPO):
         """Subtract the KL penalty from the rollout's rewards, and log what the rollout shows."""
         self.policy.decoder.forget()  # its cache is the largest thing there is, and of no more use
         self._log_episodes()
+        if self.policy.n_frozen:
+            self.rollout_buffer.keep_frozen(self.policy.run_frozen, self.batch_size)
         ref_log_probs, exact = self._second_look()
         if self.reference is None:
             return
@@ -325,8 +327,6 @@ class TokenPPO(PPO):
             over the whole rollout in bfloat16, over its shortest sequences else.
         """
         policy, reference, buffer = self.policy, self.reference, self.rollout_buffer
-        if policy.n_frozen:
-            buffer.keep_frozen(policy.run_frozen, self.batch_size)
         rounded = policy.dtype != th.float32
         ref_log_probs = np.zeros_like(buffer.log_probs)
         exact: list[th.Tensor] = []

@@ -13,6 +13,7 @@ from test_agents_token_ppo import AtRolloutEnd, arguments, make_model
 import text_env
 from agents import SampleTextCallback, TokenPPO
 from agents.callbacks import TokenProgressBar
+from agents.heads import Head
 
 
 def holding_env(num_envs: int = 6, **changes) -> text_env.TextVecEnv:
@@ -147,11 +148,8 @@ def test_no_logits_are_computed_for_held_rows(monkeypatch) -> None:
     model = make(holding_env(8))
     obs = th.from_numpy(model.env.reset())
     obs[2:6] = -1
-    rows = []
-    masked = model.policy._masked_logits
-    monkeypatch.setattr(
-        model.policy, "_masked_logits", lambda h, *rest: rows.append(len(h)) or masked(h, *rest)
-    )
+    rows, logits = [], Head.logits
+    monkeypatch.setattr(Head, "logits", lambda head, h: rows.append(len(h)) or logits(head, h))
     with th.no_grad():
         tokens, values, log_prob = model.policy(obs)
         model.policy.predict(obs.numpy())
@@ -160,4 +158,4 @@ def test_no_logits_are_computed_for_held_rows(monkeypatch) -> None:
         assert log_prob[[0, 1, 6, 7]].lt(0).all()
         obs[:] = -1
         model.policy(obs)
-        assert model.policy.predict(obs.numpy())[0].shape == (8,) and rows == [4, 4]
+        assert model.policy.predict(obs.numpy())[0].shape == (8,) and rows == [4, 4, 0, 0]

@@ -106,6 +106,8 @@ def test_truncated_download(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("thing-1-py3-none-any.whl", WHEEL[:200]),
         ("thing-1-py3-none-any.whl", make_wheel({"other": b""})),
     ],
+    # Named: an archive holds the time of its making, and workers must collect the same tests.
+    ids=["cut sdist", "other sdist", "no sdist", "cut wheel", "other wheel"],
 )
 def test_archive_that_cannot_be_unpacked(
     file: str, archive: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gguf,baselines]'
 	touch $@
 
-demo: $(BIN)/.installed  ## the main job, about 7 minutes on 2 cores: the report is in runs/<time>/report.md
+demo: $(BIN)/.installed  ## the main job, 7 to 8 minutes on 2 cores: the report is in runs/<time>/report.md
 	$(BIN)/python train.py
 
 test: $(BIN)/.installed  ## the quick tests, offline

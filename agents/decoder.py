@@ -2,7 +2,7 @@
 
 The decoder sees observations, as a policy does, and finds out by itself which rows go on and
 which begin anew. It holds hidden states and caches only: the heads on top are the policy's.
-Weights that change under it must be announced with `forget`.
+Weights that are written to in place are noticed; other changes must be announced with `forget`.
 """
 
 import copy
@@ -12,7 +12,7 @@ import torch as th
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from agents.packed import can_pack, pack_linears, repack
+from agents.packed import can_pack, pack_linears
 from agents.sequences import PAD, lengths
 
 
@@ -87,14 +87,15 @@ class CachedDecoder:
     _rows: th.Tensor  # (n_slots,) int64, the row of each slot
     _length: th.Tensor  # (n_slots,) int64, tokens seen
     _first: th.Tensor  # (n_slots,) int64, the first column that each slot uses
+    _version: int  # of the weights that were copied
 
     def __init__(self, lm: PreTrainedModel, dtype: th.dtype = th.float32) -> None:
         """Decode with `lm`, or with a copy of its weights: in another dtype, or packed.
 
         Args:
             lm: The causal LM.
-            dtype: What to compute in. A copy follows the weights when `forget` is called. In
-                float32 on the CPU its linear layers are packed (`agents.packed`).
+            dtype: What to compute in. The copy is made anew after `forget`. In float32 on the
+                CPU its linear layers are packed (`agents.packed`).
 
         Raises:
             ValueError: If the model's layers keep anything else than keys and values.
@@ -108,7 +109,6 @@ class CachedDecoder:
             )
         self._source, self._dtype = lm, dtype
         self._n_layers = len(layers)
-        self._copy: PreTrainedModel | None = None
         self.forget()
 
     @property
@@ -121,39 +121,34 @@ class CachedDecoder:
         self._ids: th.Tensor | None = None
         self._hidden: th.Tensor | None = None
         self._cache: Cache | None = None
-        self._stale = True
+        self._layers: list[SlotLayer] = []
+        self._copy: PreTrainedModel | None = None
+        self._watched: tuple[th.Tensor, ...] = ()
+        self.derived: dict[str, Any] = {}  # what users made of the weights: dropped with them
 
     def _follow(self) -> None:
-        """Bring the copy's weights up to date. Buffers keep their dtype: positions need it."""
+        """Copy the weights as they are now. Buffers keep their dtype: positions need it."""
         packs = can_pack(self._source.device, self._dtype)
-        if not self._stale:
+        self._watched = tuple(self._source.parameters())
+        self._version = sum(p._version for p in self._watched)
+        if self._copy is not None or (self._dtype == th.float32 and not packs):
             return
-        if self._dtype == th.float32 and not packs:
-            self._copy = None
-            return
-        if self._copy is None or self._copy.device != self._source.device:
-            # Told what each parameter's copy is, deepcopy makes none in full precision; what has
-            # the dtype already is shared.
-            small = {
-                id(p): p
-                if p.dtype == self._dtype
-                else th.nn.Parameter(p.detach().to(self._dtype), requires_grad=False)
-                for p in self._source.parameters()
-            }
-            self._copy = copy.deepcopy(self._source, small)
-            if packs:
-                pack_linears(self._copy.base_model)
-        elif packs:
-            repack(self._copy.base_model)
-        else:
-            for new, old in zip(self._source.parameters(), self._copy.parameters(), strict=True):
-                if old is not new:
-                    old.copy_(new)
+        # Told what each parameter's copy is, deepcopy makes none in full precision; what has
+        # the dtype already is shared.
+        small = {
+            id(p): p
+            if p.dtype == self._dtype
+            else th.nn.Parameter(p.detach().to(self._dtype), requires_grad=False)
+            for p in self._source.parameters()
+        }
+        self._copy = copy.deepcopy(self._source, small)
+        if packs:
+            pack_linears(self._copy.base_model)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what packed weights cannot do: be copied or pickled."""
         forgotten = dict.fromkeys(("_copy", "_ids", "_hidden", "_cache", "_layers"))
-        return {**self.__dict__, **forgotten, "_stale": True}
+        return {**self.__dict__, **forgotten, "_watched": (), "derived": {}}
 
     def takes(self, ids: th.Tensor) -> bool:
         """Say whether the batch has the shape of the one that is held (or none is held)."""
@@ -169,6 +164,8 @@ class CachedDecoder:
         Returns:
             (n_rows, H), the hidden state at each row's last token; 0 for a held row.
         """
+        if self._watched and sum(p._version for p in self._watched) != self._version:
+            self.forget()
         live = ids[:, 0] != PAD
         rows = live.nonzero()[:, 0]
         if len(rows) == 0:
@@ -224,7 +221,6 @@ class CachedDecoder:
     def _begin(self, ids: th.Tensor, rows: th.Tensor) -> None:
         """Start over with an empty slot for each of these rows of a batch of this shape."""
         self._follow()
-        self._stale = False
         n_slots, longest = len(rows), ids.shape[1]
         self._window = Window(longest + max(16, longest // 8))
         self._layers = [SlotLayer(self._window) for _ in range(self._n_layers)]

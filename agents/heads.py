@@ -1,10 +1,11 @@
 """From hidden states to tokens: log-probabilities, entropies and sampling at packed positions.
 
 Logits exist for a few rows at a time, small enough to stay in the processor's cache; where the
-backward pass needs them, it computes them again. At a vocabulary of 49,152 those of one large
+backward pass needs them, it keeps a few MiB or computes them again. At a vocabulary of 49,152 those of one large
 minibatch would fit neither there nor, with their gradients, in memory.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch as th
@@ -13,6 +14,13 @@ from torch.autograd.function import once_differentiable
 
 LOGITS_AT_ONCE = 2**22
 """Logits held at a time (16 MiB in float32)."""
+
+KEPT_BYTES = 2**26
+"""What the backward pass needs of all logits is kept if it is no larger, else computed again."""
+
+WORTH_GATHERING = 0.75
+"""Where fewer tokens than this share are ever allowed, their rows of the head are gathered; else
+logits are computed of all, as copying a large head costs more."""
 
 
 class TokenStatistics(NamedTuple):
@@ -23,17 +31,19 @@ class TokenStatistics(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The map from hidden states to the logits of the allowed tokens, in compact places.
+    """The map from hidden states to the logits of tokens, in A places.
 
     Attributes:
-        weight: (A, H), a row per token that is ever allowed.
+        weight: (A, H): a row per token, or per token that is ever allowed.
         bias: (A,), or None.
         token_ids: (A,) int64, the token at each place.
         place_of: (V,) int64, each token's place; -1 where it is never allowed.
         temperature: Divides the logits.
+        forbidden: (F,) int64, places that are never allowed.
         masks: (M, A) bool, further masks, or None.
         mask_id: (N,) int64, the row of `masks` that holds for each of N states, or None.
-        dtype: What gradients with respect to hidden states are multiplied in.
+        dtype: What gradients are multiplied in.
+        product: Multiplies states (n, H) with the weight and adds the bias, faster than PyTorch.
     """
 
     weight: th.Tensor
@@ -41,20 +51,27 @@ class Head(NamedTuple):
     token_ids: th.Tensor
     place_of: th.Tensor
     temperature: float
+    forbidden: th.Tensor
     masks: th.Tensor | None = None
     mask_id: th.Tensor | None = None
     dtype: th.dtype = th.float32
+    product: Callable[[th.Tensor], th.Tensor] | None = None
 
     @classmethod
     def of(cls, layer: nn.Module, allowed: th.Tensor, temperature: float) -> "Head":
         """Make a head of an LM's output layer and the tokens ever allowed, (V,) bool."""
-        token_ids = allowed.nonzero()[:, 0]
-        place_of = th.where(allowed, allowed.cumsum(0) - 1, -1)
         weight, bias = layer.weight, getattr(layer, "bias", None)
-        if len(token_ids) < len(weight):
+        token_ids = allowed.nonzero()[:, 0]
+        if len(token_ids) < WORTH_GATHERING * len(weight):
+            place_of = th.where(allowed, allowed.cumsum(0) - 1, -1)
             weight = weight[token_ids]
             bias = bias[token_ids] if bias is not None else None
-        return cls(weight, bias, token_ids, place_of, temperature)
+            return cls(weight, bias, token_ids, place_of, temperature, token_ids[:0])
+        token_ids = th.arange(len(allowed), device=allowed.device)
+        place_of = th.where(allowed, token_ids, -1)
+        if len(allowed) < len(weight):
+            weight, bias = weight[: len(allowed)], bias[: len(allowed)] if bias is not None else None
+        return cls(weight, bias, token_ids, place_of, temperature, (~allowed).nonzero()[:, 0])
 
     def logits(self, hidden: th.Tensor, part: slice | None = None) -> th.Tensor:
         """Map states to float32 logits, not differentiable.
@@ -67,10 +84,15 @@ class Head(NamedTuple):
             (n, A); a token that a mask forbids has the lowest number there is.
         """
         with th.no_grad():
-            logits = (hidden.to(self.weight.dtype) @ self.weight.T).float()
-            if self.bias is not None:
-                logits += self.bias
-            logits /= self.temperature
+            hidden = hidden.to(self.weight.dtype)
+            if self.product is not None:
+                logits = self.product(hidden).float()
+            else:
+                logits = nn.functional.linear(hidden, self.weight, self.bias).float()
+            if self.temperature != 1:
+                logits /= self.temperature
+            if len(self.forbidden):
+                logits.index_fill_(1, self.forbidden, th.finfo(logits.dtype).min)
             if self.masks is not None and self.mask_id is not None:
                 mask_logits_(logits, self.masks[self.mask_id[part]])
             return logits
@@ -143,7 +165,7 @@ class _Statistics(th.autograd.Function):
     ∂ log p(a) / ∂z = 1_a − p   and   ∂H / ∂z = −p·(log p + H).
 
     Where the head does not learn, ∂ log p(a) / ∂hidden = (1_a − p)·W / temperature is a vector
-    per token and computed on the way forward, so that no logits are computed twice.
+    per token and computed on the way forward. Where it does, 1_a − p is kept if it is small.
     """
 
     @staticmethod
@@ -156,49 +178,64 @@ class _Statistics(th.autograd.Function):
         head: Head,
     ) -> tuple[th.Tensor, th.Tensor]:
         log_prob, entropy = hidden.new_empty(2, len(places), dtype=th.float32)
-        parts = pieces(len(places), len(head.weight))
-        kept = None  # the log-probabilities of all tokens, where they are no more than one piece
-        slope = th.empty_like(hidden) if ctx.needs_input_grad[:3] == (True, False, False) else None
+        needed = ctx.needs_input_grad[:3]
+        slope = th.empty_like(hidden) if needed == (True, False, False) else None
         multiplier = weight.to(head.dtype) if slope is not None else weight
-        for part in parts:
+        small = len(places) * len(weight) * head.dtype.itemsize <= KEPT_BYTES
+        kept = any(needed) and slope is None and small
+        rises = []
+        for part in pieces(len(places), len(weight)):
             log_p = log_softmax_(head.logits(hidden[part], part))
             p = log_p.exp()
             log_prob[part] = log_p.gather(1, places[part, None])[:, 0]
-            entropy[part] = -(log_p * p).sum(dim=1)
-            if slope is None and len(parts) == 1 and any(ctx.needs_input_grad):
-                kept = log_p
-            if slope is not None:  # 1_a − p before it is rounded: near p(a) = 1 it is small
-                p.scatter_add_(1, places[part, None], p.new_full((len(p), 1), -1.0))
-                slope[part] = (p.to(head.dtype) @ multiplier).to(hidden.dtype) / -head.temperature
-        ctx.save_for_backward(hidden, weight, bias, places, entropy, slope, kept)
+            entropy[part] = -(log_p.mul_(p)).sum(dim=1)
+            if slope is None and not kept:
+                continue
+            # 1_a − p before it is rounded: near p(a) = 1 it is small
+            rise = p.neg_().scatter_add_(1, places[part, None], p.new_ones(len(p), 1))
+            rise = rise.to(head.dtype)
+            if slope is None:
+                rises.append(rise)
+            else:
+                slope[part] = (rise @ multiplier).to(hidden.dtype) / head.temperature
+        ctx.save_for_backward(hidden, weight, bias, places, entropy, slope, *rises)
         ctx.head = head
         return log_prob, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_log_prob: th.Tensor, d_entropy: th.Tensor) -> tuple:
-        hidden, weight, bias, places, entropy, slope, kept = ctx.saved_tensors
+        hidden, weight, bias, places, entropy, slope, *rises = ctx.saved_tensors
         head: Head = ctx.head
-        if slope is not None and not bool(d_entropy.any()):
+        explores = bool(d_entropy.any())
+        if slope is not None and not explores:
             return (d_log_prob[:, None] * slope).to(hidden.dtype), None, None, None, None
-        d_hidden = th.zeros_like(hidden)
-        wanted = {"weight": ctx.needs_input_grad[1], "bias": ctx.needs_input_grad[2]}
-        d_weight = th.zeros_like(weight, dtype=th.float32) if wanted["weight"] else None
-        d_bias = th.zeros_like(bias, dtype=th.float32) if wanted["bias"] else None
+        d_hidden = th.empty_like(hidden)
+        learns, shifts = ctx.needs_input_grad[1:3]
+        d_weight = th.zeros_like(weight, dtype=th.float32) if learns else None
+        d_bias = th.zeros_like(bias, dtype=th.float32) if shifts else None
         multiplier = weight.to(head.dtype)
-        for part in pieces(len(places), len(head.weight)):
-            log_p = log_softmax_(head.logits(hidden[part], part)) if kept is None else kept
-            d_logits = -d_log_prob[part, None] * log_p.exp()
-            if bool(d_entropy[part].any()):
-                p_log_p = log_p.exp() * (log_p + entropy[part, None])
-                d_logits -= d_entropy[part, None] * p_log_p
-            d_logits.scatter_add_(1, places[part, None], d_log_prob[part, None])
-            d_logits /= head.temperature
-            d_hidden[part] = (d_logits.to(head.dtype) @ multiplier).to(hidden.dtype)
-            if d_weight is not None:
-                d_weight += d_logits.T @ hidden[part].float()
+        for i, part in enumerate(pieces(len(places), len(weight))):
+            scale = d_log_prob[part, None] / head.temperature
+            if rises and not explores:
+                d_logits = rises[i] * scale.to(head.dtype)
+            else:
+                log_p = log_softmax_(head.logits(hidden[part], part))
+                p = log_p.exp()
+                gain = d_entropy[part, None] / head.temperature
+                p_log_p = log_p.add_(entropy[part, None]).mul_(p)  # finite, where p is 0 too
+                d_logits = p_log_p.mul_(-gain).sub_(p.mul_(scale))
+                d_logits.scatter_add_(1, places[part, None], scale)
+                d_logits = d_logits.to(head.dtype)
             if d_bias is not None:
-                d_bias += d_logits.sum(dim=0)
+                d_bias += d_logits.float().sum(dim=0)
+            d_hidden[part] = (d_logits @ multiplier).to(hidden.dtype)
+            if d_weight is None:
+                continue
+            if head.dtype == th.float32:
+                d_weight.addmm_(d_logits.T, hidden[part].float())
+            else:
+                d_weight += d_logits.T @ hidden[part].to(head.dtype)
         d_weight = d_weight if d_weight is None else d_weight.to(weight.dtype)
         d_bias = d_bias if d_bias is None else d_bias.to(bias.dtype)
         return d_hidden, d_weight, d_bias, None, None

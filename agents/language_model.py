@@ -11,6 +11,7 @@ import torch as th
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from agents.frozen_layers import go_on_from, round_frozen, run_frozen, shares_frozen
 from agents.heads import Comparison, Head, TokenStatistics, compare, token_statistics
@@ -110,8 +111,9 @@ class TokenModel(nn.Module):
         head = Head.of(layer, self.allowed_tokens, self.temperature)._replace(dtype=self.dtype)
         if batch is None or batch.masks is None:
             return head
-        masks = batch.masks[:, head.token_ids]
-        return head if bool(masks.all()) else head._replace(masks=masks, mask_id=batch.mask_id)
+        if bool(batch.masks[:, self.allowed_tokens].all()):
+            return head
+        return head._replace(masks=batch.masks[:, head.token_ids], mask_id=batch.mask_id)
 
 
 class Reference(TokenModel):
@@ -147,7 +149,16 @@ def load_lm(lm: LM, vocab_size: int) -> PreTrainedModel:
     else:
         loaded = load_named(str(lm))
     check_fit(loaded, vocab_size)
+    fuse_activations(loaded)
     return loaded.float()
+
+
+def fuse_activations(lm: PreTrainedModel) -> None:
+    """Let PyTorch's one operation do what GPT-2's GELU, the tanh form, composes of eight."""
+    for module in lm.modules():
+        for name, part in module.named_children():
+            if isinstance(part, NewGELUActivation | FastGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def load_named(lm: str) -> PreTrainedModel:

@@ -10,25 +10,19 @@ from transformers.pytorch_utils import Conv1D
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear`, or GPT-2's `Conv1D`, without gradients."""
+    """A linear map (..., K) to (..., N) without gradients, with the weights as they were."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        """Pack the weights that `layer` has now."""
+    def __init__(self, weight: th.Tensor, bias: th.Tensor | None) -> None:
+        """Pack a weight (N, K); the bias is (N,)."""
         super().__init__()
-        self._layer = (layer,)  # in a tuple: its parameters are not this module's
-        self._seen = -1
-        self.pack()
+        self.weight = th.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        self.bias = bias if bias is None else bias.detach()
 
-    def pack(self) -> None:
-        """Take the layer's weights as they are now; those that do not learn, only if changed."""
-        layer = self._layer[0]
-        if not layer.weight.requires_grad and layer.weight._version == self._seen:
-            return
-        self._seen = layer.weight._version
-        weight = layer.weight.detach()
-        weight = weight.T if isinstance(layer, Conv1D) else weight
-        self.weight = th.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        self.bias = layer.bias
+    @classmethod
+    def of(cls, layer: nn.Module) -> "PackedLinear":
+        """Pack what an `nn.Linear`, or GPT-2's `Conv1D`, has learned so far."""
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        return cls(weight, layer.bias)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         """Map (..., K) to (..., N)."""
@@ -40,14 +34,7 @@ def pack_linears(model: nn.Module) -> None:
     for module in model.modules():
         for name, part in module.named_children():
             if type(part) in (nn.Linear, Conv1D):
-                setattr(module, name, PackedLinear(part))
-
-
-def repack(model: nn.Module) -> None:
-    """Let a model's packed layers take the weights that their layers have now."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.pack()
+                setattr(module, name, PackedLinear.of(part))
 
 
 def can_pack(device: th.device, dtype: th.dtype) -> bool:

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from agents.decoder import CachedDecoder
 from agents.frozen_layers import count_frozen, freeze_below, round_frozen
-from agents.heads import log_prob_of, mask_logits_, sample
+from agents.heads import Head, log_prob_of, mask_logits_, sample
 from agents.language_model import LM, TokenModel, check_positions, load_lm
 from agents.masks import ActionMasks
+from agents.packed import PackedLinear, can_pack
 from agents.sequences import PAD, TokenBatch, one_state_per_row
 
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -103,7 +104,6 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         round_frozen(self.lm, getattr(th, dtype))
         self.dtype, self.ratio_tolerance = getattr(th, dtype), RATIO_TOLERANCE[dtype]
         self.decoder = CachedDecoder(self.lm, self.dtype)
-        self._weights_seen = -1
         trainable = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = optimizer_class(  # type: ignore[call-arg]
             trainable, lr=lr_schedule(1), **self.optimizer_kwargs
@@ -207,7 +207,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
     def get_distribution(self, obs: th.Tensor) -> CategoricalDistribution:
         """Return SB3's distribution over the next token of each row, not differentiable."""
         hidden, lm = self._last_hidden(obs)
-        head = self.head(lm=lm)
+        head = self._decoding_head(lm)
         logits = hidden.new_full(
             (len(hidden), self.vocab_size), th.finfo(th.float32).min, dtype=th.float32
         )
@@ -258,12 +258,19 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
                 ids = ids.clone()
                 ids[held, 0] = 0  # any token: what comes of it is not used
             return self.hidden_at(one_state_per_row(ids)), self.lm
-        # Optimizers announce a step; loading, and writing into a parameter by hand, show here.
-        weights = sum(p._version for p in self.body.parameters())
-        if weights != self._weights_seen:
-            self.decoder.forget()
-            self._weights_seen = weights
         return self.decoder.hidden(ids), self.decoder.lm
+
+    def _decoding_head(self, lm: PreTrainedModel) -> Head:
+        """Return the head for states that `lm` made; for a decoder's copy, kept with it."""
+        if lm is self.lm:
+            return self.head()
+        allowed = self.allowed_tokens._version
+        if self.decoder.derived.get("allowed") != allowed:
+            head = self.head(lm=lm)
+            if can_pack(head.weight.device, head.weight.dtype):
+                head = head._replace(product=PackedLinear(head.weight, head.bias))
+            self.decoder.derived.update(head=head, allowed=allowed)
+        return self.decoder.derived["head"]
 
     def _choose(
         self, obs: th.Tensor, masks: th.Tensor | None, deterministic: bool
@@ -281,7 +288,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         """
         hidden, lm = self._last_hidden(obs)
         rows = (obs[:, 0] != PAD).nonzero()[:, 0]
-        hidden, head = hidden[rows], self.head(lm=lm)
+        hidden, head = hidden[rows], self._decoding_head(lm)
         logits = head.logits(hidden)
         if masks is not None:
             mask_logits_(logits, masks[rows[:, None], head.token_ids])

@@ -27,6 +27,9 @@ from agents.masks import ActionMasks
 from agents.policy import CausalLMPolicy
 from agents.sequences import PAD
 
+PROBED = 8
+"""One sequence of so many is compared with the reference at every token of the vocabulary."""
+
 
 class TokenPPO(PPO):
     """PPO over tokens (Schulman et al. 2017, eq. 7), with advantages by GAE (2016, eq. 16).
@@ -324,7 +327,8 @@ class TokenPPO(PPO):
 
         Returns:
             The reference's log-probabilities, (T, n_envs) nats, and the mean exact KL per token:
-            over the whole rollout in bfloat16, over its shortest sequences else.
+            over the whole rollout in bfloat16, over every eighth sequence by length else, as
+            the policy need not be run again there.
         """
         policy, reference, buffer = self.policy, self.reference, self.rollout_buffer
         rounded = policy.dtype != th.float32
@@ -332,23 +336,26 @@ class TokenPPO(PPO):
         exact: list[th.Tensor] = []
         if reference is None and not rounded:
             return ref_log_probs, 0.0
-        for batch, index in buffer.batches(buffer.by_length(), self.batch_size):
-            at = tuple(index)
-            actions = buffer.to_torch(buffer.actions[at]).long()
-            log_prob, ref_log_prob = None, None
+        order = buffer.by_length()
+        twice = order if rounded else order[::PROBED]
+        for batch, index in buffer.batches(twice, self.batch_size):
+            at, actions = tuple(index), buffer.to_torch(buffer.actions[tuple(index)]).long()
             if reference is None:
                 hidden = policy.hidden_at(batch)
                 log_prob = policy.token_statistics(batch, hidden, actions).log_prob
-            elif rounded or not exact:
+            else:
                 log_prob, ref_log_prob, kl = policy.compare(batch, actions, reference)
                 exact.append(kl)
-            else:
-                hidden = reference.hidden_at(batch)
-                ref_log_prob = reference.token_statistics(batch, hidden, actions).log_prob
-            if rounded and log_prob is not None:
-                buffer.log_probs[at] = log_prob.cpu().numpy()
-            if ref_log_prob is not None:
                 ref_log_probs[at] = ref_log_prob.cpu().numpy()
+            if rounded:
+                buffer.log_probs[at] = log_prob.cpu().numpy()
+        once = order[:0] if rounded else np.delete(order, np.s_[::PROBED])
+        if reference is not None and len(once):
+            for batch, index in buffer.batches(once, self.batch_size):
+                at, actions = tuple(index), buffer.to_torch(buffer.actions[tuple(index)]).long()
+                hidden = reference.hidden_at(batch)
+                found = reference.token_statistics(batch, hidden, actions)
+                ref_log_probs[at] = found.log_prob.cpu().numpy()
         return ref_log_probs, float(th.cat(exact).mean()) if exact else 0.0
 
     def _sum_per_episode(self, log_ratio: np.ndarray) -> None:

@@ -44,17 +44,17 @@ class Bare:
 class Ours:
     """TokenPPO in TextVecEnv, as a user calls it: `learn`, one rollout at a time.
 
-    Rows go on with their next prompt at once, and a rollout has as many tokens as one of the
-    padded loop; or, with `whole`, it is one whole completion per prompt, as there.
+    A rollout is one whole completion per prompt, as in the padded loop; or, with `cut`, rows go
+    on with their next prompt at once, and a rollout has about as many tokens.
     """
 
-    def __init__(self, workload: Workload, dtype: str, whole: bool = False) -> None:
+    def __init__(self, workload: Workload, dtype: str, cut: bool = False) -> None:
         self.model = TokenPPO(
             "CausalLMPolicy",
-            text_env(workload, autoreset=not whole),
+            text_env(workload, autoreset=cut),
             learning_rate=bare.LEARNING_RATE,
-            n_steps=workload.max_new_tokens if whole else steps_per_row(workload),
-            whole_episodes=whole,
+            n_steps=steps_per_row(workload) if cut else workload.max_new_tokens,
+            whole_episodes=not cut,
             batch_size=10**9,
             n_epochs=workload.n_epochs,
             kl_coef=bare.KL_COEF,
@@ -246,8 +246,8 @@ PEERS: dict[str, Callable[[Workload], Any]] = {
     "bare loop, bf16": lambda w: Bare(w, "bfloat16"),
     "TokenPPO": lambda w: Ours(w, "float32"),
     "TokenPPO, bf16": lambda w: Ours(w, "bfloat16"),
-    "TokenPPO, whole episodes": lambda w: Ours(w, "float32", whole=True),
-    "TokenPPO, whole episodes, bf16": lambda w: Ours(w, "bfloat16", whole=True),
+    "TokenPPO, cut episodes": lambda w: Ours(w, "float32", cut=True),
+    "TokenPPO, cut episodes, bf16": lambda w: Ours(w, "bfloat16", cut=True),
     "generate": lambda w: Generate(w, "float32"),
     "stock SB3 PPO": lambda w: StockSB3(w, "float32"),
     "TRL GRPO": lambda w: TRL(w, "float32", "GRPO"),

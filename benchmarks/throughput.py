@@ -31,8 +31,8 @@ PEERS = (
     "bare loop, bf16",
     "TokenPPO",
     "TokenPPO, bf16",
-    "TokenPPO, whole episodes",
-    "TokenPPO, whole episodes, bf16",
+    "TokenPPO, cut episodes",
+    "TokenPPO, cut episodes, bf16",
     "generate",
     "stock SB3 PPO",
     "TRL GRPO",
@@ -264,8 +264,8 @@ def main() -> None:
     results: dict[str, dict[str, Found]] = {}
     parts = ["# Throughput", f"At the start: {machine(chosen.threads)}."]
     for workload in chosen.workloads:
-        # Where no completion ends early, whole episodes are what the other rollouts are too.
-        same = [p.replace(", whole episodes", "") for p in chosen.peers]
+        # Where no completion ends early, none is cut.
+        same = [p.replace(", cut episodes", "") for p in chosen.peers]
         peers = chosen.peers if workload == "variable" else list(dict.fromkeys(same))
         found = measure(workload, peers, chosen.rounds, chosen.threads, chosen.patience)
         results[workload] = found

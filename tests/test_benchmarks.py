@@ -64,7 +64,7 @@ def test_the_bare_loops_advantages_by_hand() -> None:
 @pytest.mark.slow
 def test_one_round_for_real(tmp_path) -> None:
     line = "--workloads variable --rounds 1 --threads 1 --peers"
-    peers = ["bare loop", "TokenPPO", "TokenPPO, whole episodes", "generate"]
+    peers = ["bare loop", "TokenPPO", "TokenPPO, cut episodes", "generate"]
     command = [sys.executable, "-m", "benchmarks.throughput", *line.split(), *peers]
     subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, timeout=250)
     found = json.loads((tmp_path / "throughput.json").read_text())["workloads"]["variable"]

@@ -12,6 +12,7 @@ import torch as th
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from agents.one_query import use_one_query_attention
 from agents.packed import can_pack, pack_linears
 from agents.sequences import PAD, lengths
 
@@ -94,8 +95,8 @@ class CachedDecoder:
 
         Args:
             lm: The causal LM.
-            dtype: What to compute in. The copy is made anew after `forget`. In float32 on the
-                CPU its linear layers are packed (`agents.packed`).
+            dtype: What to compute in. The copy is made anew after `forget`; on the CPU its
+                linear layers are packed (`agents.packed`).
 
         Raises:
             ValueError: If the model's layers keep anything else than keys and values.
@@ -144,6 +145,8 @@ class CachedDecoder:
         self._copy = copy.deepcopy(self._source, small)
         if packs:
             pack_linears(self._copy.base_model)
+        if packs and self._dtype != th.float32:
+            use_one_query_attention(self._copy)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what packed weights cannot do: be copied or pickled."""

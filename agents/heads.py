@@ -70,7 +70,10 @@ class Head(NamedTuple):
         token_ids = th.arange(len(allowed), device=allowed.device)
         place_of = th.where(allowed, token_ids, -1)
         if len(allowed) < len(weight):
-            weight, bias = weight[: len(allowed)], bias[: len(allowed)] if bias is not None else None
+            weight, bias = (
+                weight[: len(allowed)],
+                bias[: len(allowed)] if bias is not None else None,
+            )
         return cls(weight, bias, token_ids, place_of, temperature, (~allowed).nonzero()[:, 0])
 
     def logits(self, hidden: th.Tensor, part: slice | None = None) -> th.Tensor:
@@ -96,6 +99,10 @@ class Head(NamedTuple):
             if self.masks is not None and self.mask_id is not None:
                 mask_logits_(logits, self.masks[self.mask_id[part]])
             return logits
+
+    def places_in(self, masks: th.Tensor) -> th.Tensor:
+        """Bring masks over tokens (n, V) to masks over places (n, A)."""
+        return masks if len(self.token_ids) == masks.shape[1] else masks[:, self.token_ids]
 
     def places(self, tokens: th.Tensor) -> th.Tensor:
         """Return the places of tokens, both (N,).

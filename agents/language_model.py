@@ -113,7 +113,7 @@ class TokenModel(nn.Module):
             return head
         if bool(batch.masks[:, self.allowed_tokens].all()):
             return head
-        return head._replace(masks=batch.masks[:, head.token_ids], mask_id=batch.mask_id)
+        return head._replace(masks=head.places_in(batch.masks), mask_id=batch.mask_id)
 
 
 class Reference(TokenModel):

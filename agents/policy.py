@@ -291,7 +291,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         hidden, head = hidden[rows], self._decoding_head(lm)
         logits = head.logits(hidden)
         if masks is not None:
-            mask_logits_(logits, masks[rows[:, None], head.token_ids])
+            mask_logits_(logits, head.places_in(masks[rows]))
         places = logits.argmax(dim=1) if deterministic else sample(logits)
         return rows, head.token_ids[places], hidden, logits, places
 

@@ -1,8 +1,8 @@
 """From hidden states to tokens: log-probabilities, entropies and sampling at packed positions.
 
-Logits exist for a few rows at a time, small enough to stay in the processor's cache; where the
-backward pass needs them, it keeps a few MiB or computes them again. At a vocabulary of 49,152 those of one large
-minibatch would fit neither there nor, with their gradients, in memory.
+Logits exist for a few rows at a time, small enough to stay in the processor's cache; what the
+backward pass needs of them is kept where it is small and computed again where it is not. At a
+vocabulary of 49,152 the logits of one large minibatch and their gradients would not fit in memory.
 """
 
 from collections.abc import Callable

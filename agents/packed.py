@@ -1,7 +1,7 @@
 """Linear layers with their weights as oneDNN wants them: for decoding on the CPU.
 
 A product with few rows spends much of its time on bringing the weights into the library's own
-order, anew at each call. Done once per update, it is 1.1 to 3 times as fast: the fewer rows, the more.
+order, anew at each call. Done once per update, it is 1.1 to 3 times as fast, most with few rows.
 """
 
 import torch as th

@@ -129,6 +129,20 @@ class PPO:
     """Times min(5·(1 − p), 0.1 + 0.9·p), where p goes from 1 to 0: a short rise, a linear fall."""
     trainable_layers: int | None = 6
     """How many of the last transformer layers learn; None: all of the model."""
+    lora_rank: int | None = None
+    """Learn low-rank adapters of this rank, in the layers that learn, instead of their weights."""
+    lora_alpha: float | None = None
+    """Scale of the adapters, times 1 / rank. None: twice the rank."""
+    merge_lora: bool = True
+    """Save the policy with its adapters merged in; false: the adapters alone, as peft does."""
+    value_network: bool = False
+    """Read the values from a second copy of the LM rather than from the policy's own states."""
+    value_warmup: int = 0
+    """Rollouts at the start from which the value learns alone."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass: less memory, more time."""
+    micro_batch_size: int | None = None
+    """Tokens of a minibatch whose activations are held at a time; the gradient stays the same."""
     max_new_tokens: int = 32
     """Longest completion, tokens."""
     min_new_tokens: int = 6
@@ -337,8 +351,13 @@ def ppo(common: Common, settings: PPO) -> None:
                 "lm": policy,
                 "temperature": settings.temperature,
                 "trainable_layers": settings.trainable_layers,
+                "lora": lora_of(settings),
+                "value_lm": policy if settings.value_network else None,
                 "dtype": dtype_of(common),
+                "gradient_checkpointing": settings.gradient_checkpointing,
+                "micro_batch_size": settings.micro_batch_size,
             },
+            value_warmup=settings.value_warmup,
             kl_coef=settings.kl_coef,
             target_ref_kl=settings.target_ref_kl,
             kl_horizon=settings.kl_horizon,
@@ -353,7 +372,9 @@ def ppo(common: Common, settings: PPO) -> None:
         model.set_logger(Logger(str(made), writers))
         callbacks = [
             SampleTextCallback(made / "samples.jsonl"),
-            SavePretrainedCallback(made / "policy", tokenizer, settings.save_every),
+            SavePretrainedCallback(
+                made / "policy", tokenizer, settings.save_every, merge=settings.merge_lora
+            ),
         ]
         if (folder / "judge").exists():
             judge = LearnedRewardModel.load(folder / "judge", device_of(common))
@@ -363,6 +384,14 @@ def ppo(common: Common, settings: PPO) -> None:
         rows = map(json.loads, read_lines(made / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
         facts["episodes"] = sum(row["rollout/episodes"] for row in rows)
+
+
+def lora_of(settings: PPO) -> dict[str, float] | None:
+    """Return the adapters' settings for peft, None where there are to be none."""
+    if settings.lora_rank is None:
+        return None
+    alpha = 2 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha
+    return {"r": settings.lora_rank, "lora_alpha": alpha}
 
 
 def evaluate(common: Common, settings: Evaluate) -> None:

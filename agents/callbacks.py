@@ -7,6 +7,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from transformers import PreTrainedTokenizerBase
 
+from agents.lora import has_adapters, merged
 from agents.policy import CausalLMPolicy
 from agents.saving import replaced_folder
 
@@ -68,7 +69,9 @@ class SampleTextCallback(BaseCallback):
 class SavePretrainedCallback(BaseCallback):
     """Saves the policy's language model for `AutoModelForCausalLM.from_pretrained`.
 
-    The folder is replaced whole, or not at all. The value head is not part of it.
+    The folder is replaced whole, or not at all. The value head is not part of it. Of a policy
+    with adapters (`lora`) they alone are saved, for transformers or peft to put on the base
+    model, or, with `merge`, the whole model as it has become.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class SavePretrainedCallback(BaseCallback):
         path: str | Path,
         tokenizer: PreTrainedTokenizerBase | None = None,
         every: int | None = None,
+        merge: bool = False,
         verbose: int = 0,
     ) -> None:
         """Save to `path` when training ends, and after every `every`-th rollout.
@@ -84,10 +88,12 @@ class SavePretrainedCallback(BaseCallback):
             path: The folder.
             tokenizer: Saved beside the weights.
             every: Rollouts from one save to the next; None saves at the end only.
+            merge: Merge adapters into a whole model.
             verbose: As in SB3.
         """
         super().__init__(verbose)
         self.path, self.tokenizer, self.every = Path(path), tokenizer, every
+        self.merge = merge
         self._rollouts = 0
 
     def _on_step(self) -> bool:
@@ -105,10 +111,11 @@ class SavePretrainedCallback(BaseCallback):
         policy = self.model.policy
         if not isinstance(policy, CausalLMPolicy):
             raise TypeError(f"expected a CausalLMPolicy to save, got {type(policy).__name__}")
-        if policy.lm.generation_config is not None:  # what `generate` then samples from
-            policy.lm.generation_config.update(do_sample=True, temperature=policy.temperature)
+        lm = merged(policy.lm) if self.merge and has_adapters(policy.lm) else policy.lm
+        if lm.generation_config is not None:  # what `generate` then samples from
+            lm.generation_config.update(do_sample=True, temperature=policy.temperature)
         with replaced_folder(self.path) as folder:
-            policy.lm.save_pretrained(folder)
+            lm.save_pretrained(folder)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
 

@@ -4,6 +4,7 @@ What the policy and its frozen reference have in common: loading, the temperatur
 that are never allowed, and whole sequences in one forward pass. No values, no optimizer.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,9 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
+from agents.checkpointing import checkpointed_layers
+from agents.decoder import CachedDecoder
 from agents.frozen_layers import go_on_from, round_frozen, run_frozen, shares_frozen
 from agents.heads import Comparison, Head, TokenStatistics, compare, token_statistics
-from agents.sequences import TokenBatch, lengths, similar_lengths
+from agents.lora import has_adapters, merged, without_adapters
+from agents.sequences import PAD, TokenBatch, lengths, one_state_per_row, similar_lengths
 
 LM: TypeAlias = str | Path | PreTrainedModel | PreTrainedConfig
 """A folder, a hub id, a live model, or a config to build one from."""
@@ -32,6 +36,8 @@ class TokenModel(nn.Module):
         dtype: What whole sequences are computed in: float32, or bfloat16 by autocast. What
             learns and log-probabilities are float32 either way.
         n_frozen: Layers, with all before them, whose states a `TokenBatch` may bring along.
+        decoder: What `last_hidden` decodes single tokens with, where that is done.
+        gradient_checkpointing: Keep no layer's activations for the backward pass, but its input.
     """
 
     lm: PreTrainedModel
@@ -40,6 +46,8 @@ class TokenModel(nn.Module):
     allowed_tokens: th.Tensor
     dtype: th.dtype = th.float32
     n_frozen: int = 0
+    decoder: CachedDecoder
+    gradient_checkpointing: bool = False
 
     @property
     def body(self) -> PreTrainedModel:
@@ -69,10 +77,29 @@ class TokenModel(nn.Module):
         """Run some sequences, cut to the longest, and return their states (b, longest, H)."""
         # Right padding needs no attention mask under causal attention, and no position ids.
         ids = batch.ids[rows, :longest].clamp(min=0)
-        with self.autocast():
+        checkpointed = self.gradient_checkpointing and th.is_grad_enabled()
+        with self.autocast(), checkpointed_layers(self.lm) if checkpointed else nullcontext():
             if batch.frozen is None or self.n_frozen == 0:
                 return self.body(input_ids=ids, use_cache=False).last_hidden_state
             return go_on_from(self.body, self.n_frozen, batch.frozen[rows, :longest], ids)
+
+    def last_hidden(self, obs: th.Tensor) -> tuple[th.Tensor, PreTrainedModel]:
+        """Return the state at the last token of each row, and the model that made it.
+
+        Args:
+            obs: (n, L) ids, right-padded with -1. A row of nothing but -1 gets any state.
+
+        Returns:
+            (n, H), and the LM, or the decoder's copy of it.
+        """
+        ids = obs.long()
+        if not th.is_grad_enabled() and self.decoder.takes(ids):
+            return self.decoder.hidden(ids), self.decoder.lm
+        held = ids[:, 0] == PAD
+        if bool(held.any()):
+            ids = ids.clone()
+            ids[held, 0] = 0  # any token: what comes of it is not used
+        return self.hidden_at(one_state_per_row(ids)), self.lm
 
     def run_frozen(self, batch: TokenBatch) -> list[th.Tensor]:
         """Return what the layers that do not learn make of each sequence: B times (length, H)."""
@@ -117,19 +144,35 @@ class TokenModel(nn.Module):
 
 
 class Reference(TokenModel):
-    """The frozen language model that the policy is held to."""
+    """The frozen model that the policy is held to: another one, or its own without adapters."""
 
     def __init__(self, lm: PreTrainedModel, policy: TokenModel) -> None:
-        """Freeze `lm`, to be compared with `policy` at its temperature and under its masks."""
+        """Freeze `lm`, to be compared with `policy` at its temperature and under its masks.
+
+        Args:
+            lm: The reference; or the policy's own LM, whose adapters are left out then, and which
+                is left as it is.
+            policy: What it is compared with.
+        """
         super().__init__()
-        self.lm = lm
+        self.shares_base = lm is policy.lm
+        if self.shares_base:
+            self.__dict__["lm"] = lm  # not a part of this module: its parameters are the policy's
+        else:
+            self.lm = lm
         self.vocab_size, self.temperature = policy.vocab_size, policy.temperature
         self.dtype = policy.dtype
         if policy.n_frozen and shares_frozen(lm.base_model, policy.body, policy.n_frozen):
             self.n_frozen = policy.n_frozen
         self.register_buffer("allowed_tokens", policy.allowed_tokens, persistent=False)
-        self.requires_grad_(False).eval()
-        round_frozen(self.lm, self.dtype)
+        if not self.shares_base:
+            self.requires_grad_(False).eval()
+            round_frozen(self.lm, self.dtype)
+
+    def _run(self, batch: TokenBatch, rows: th.Tensor, longest: int) -> th.Tensor:
+        """Run some sequences, as the policy's model does, but without its adapters."""
+        with without_adapters(self.lm) if self.shares_base else nullcontext():
+            return super()._run(batch, rows, longest)
 
 
 def load_lm(lm: LM, vocab_size: int) -> PreTrainedModel:
@@ -144,6 +187,11 @@ def load_lm(lm: LM, vocab_size: int) -> PreTrainedModel:
     """
     if isinstance(lm, PreTrainedModel):
         loaded = lm
+    elif hasattr(lm, "get_base_model"):
+        raise ValueError(
+            "expected a transformers model, got one wrapped by peft: give the base model, and "
+            "`lora` for new adapters, or merge the ones it has (merge_and_unload)"
+        )
     elif isinstance(lm, PreTrainedConfig):
         loaded = AutoModelForCausalLM.from_config(lm, dtype=th.float32)
     else:
@@ -162,13 +210,14 @@ def fuse_activations(lm: PreTrainedModel) -> None:
 
 
 def load_named(lm: str) -> PreTrainedModel:
-    """Load a causal LM in float32 from a folder or hub id.
+    """Load a causal LM in float32 from a folder or hub id; adapters are merged in.
 
     Raises:
         ValueError: If nothing of that name can be loaded.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(lm, dtype=th.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(lm, dtype=th.float32)
+        return merged(loaded) if has_adapters(loaded) else loaded
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -191,6 +240,11 @@ def check_fit(lm: PreTrainedModel, vocab_size: int) -> None:
         raise ValueError(
             f"the tokenizer has {vocab_size} tokens and the model {n_logits}: expected "
             "a model of at least the tokenizer's vocabulary; load both from one folder"
+        )
+    if has_adapters(lm):
+        raise ValueError(
+            f"expected a model without adapters, got a {name} with some: merge them first "
+            "(agents.lora.merged), or give the base model and `lora` for new ones"
         )
     lm.eval()
     ids = th.arange(4, device=lm.device)[None] % n_logits

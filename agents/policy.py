@@ -4,6 +4,7 @@ It knows observations (token ids) and tokens, and nothing of prompts, scores or 
 Stock SB3 A2C and PPO run with it as TokenPPO does.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,17 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 from transformers import PreTrainedModel
 
+from agents.checkpointing import prepare_checkpointing
 from agents.decoder import CachedDecoder
 from agents.frozen_layers import count_frozen, freeze_below, round_frozen
 from agents.heads import Head, log_prob_of, mask_logits_, sample
 from agents.language_model import LM, TokenModel, check_positions, load_lm
+from agents.lora import add_adapters
 from agents.masks import ActionMasks
+from agents.micro_batches import evaluate_in_parts
 from agents.packed import PackedLinear, can_pack
 from agents.sequences import PAD, TokenBatch, one_state_per_row
+from agents.value_network import ValueNetwork
 
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 """How far (nats) log-probabilities may lie from themselves, computed in another batch: the
@@ -48,7 +53,11 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         lm: LM,
         temperature: float = 1.0,
         trainable_layers: int | None = None,
+        lora: Mapping[str, Any] | None = None,
+        value_lm: LM | None = None,
         dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+        micro_batch_size: int | None = None,
         optimizer_class: type[th.optim.Optimizer] = th.optim.AdamW,
         optimizer_kwargs: dict[str, Any] | None = None,
         use_sde: bool = False,
@@ -64,9 +73,18 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             trainable_layers: How many of the last transformer layers learn, with the final norm
                 and the value head; the rest, embeddings included, stays as it is. None: all of
                 the model learns.
+            lora: Adapters that learn in the place of the model's own weights: arguments of
+                `peft.LoraConfig`, such as {"r": 16, "lora_alpha": 32}. With `trainable_layers`,
+                only these layers are adapted.
+            value_lm: The LM of a value network of its own. None: the value head shares the
+                policy's last hidden state. A live model is trained in place.
             dtype: "float32", or "bfloat16": the model is computed in bfloat16 (several times
                 faster where the hardware has it), and the matrices that do not learn are kept in
                 it. What learns, the head, log-probabilities and values stay float32.
+            gradient_checkpointing: Compute each layer's activations again in the backward pass,
+                rather than keep them: about a third more time for much less memory.
+            micro_batch_size: Tokens of a minibatch whose activations are kept at a time; the
+                gradient is that of the whole minibatch, at the price of one more forward pass.
             optimizer_class: As in SB3.
             optimizer_kwargs: Its arguments. AdamW's default is no weight decay, eps 1e-5, fused.
             use_sde: For SB3's call; only False makes sense for tokens.
@@ -80,6 +98,8 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             raise ValueError(f"expected temperature > 0, got {temperature} (see `deterministic`)")
         if dtype not in RATIO_TOLERANCE:
             raise ValueError(f"expected dtype float32 or bfloat16, got {dtype!r}")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"expected micro_batch_size >= 1 token, got {micro_batch_size}")
         if optimizer_kwargs is None and optimizer_class is th.optim.AdamW:
             optimizer_kwargs = {"eps": 1e-5, "weight_decay": 0.0, "fused": True}
         super(ActorCriticPolicy, self).__init__(
@@ -93,9 +113,22 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         self.trainable_layers = trainable_layers
         self.lm = load_lm(lm, self.vocab_size)
         check_positions(self.lm, observation_space.shape[0])
-        freeze_below(self.lm, trainable_layers)
+        self.lora = None if lora is None else dict(lora)
+        if self.lora is None:
+            freeze_below(self.lm, trainable_layers)
+        else:
+            add_adapters(self.lm, self.lora, trainable_layers)
         self.n_frozen = count_frozen(self.body)
-        self.value_head = nn.Linear(self.lm.config.get_text_config().hidden_size, 1)
+        self.micro_batch_size = micro_batch_size
+        self.value_network: ValueNetwork | None = None
+        if value_lm is not None:
+            rounded = getattr(th, dtype)
+            self.value_network = ValueNetwork(value_lm, self.vocab_size, trainable_layers, rounded)
+            if self.value_network.lm is self.lm:
+                raise ValueError("expected value_lm to be another model than lm: give a copy")
+        self.value_only = False
+        valued = (self.value_network or self).lm
+        self.value_head = nn.Linear(valued.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         allowed = th.ones(self.vocab_size, dtype=th.bool)
@@ -104,6 +137,11 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         round_frozen(self.lm, getattr(th, dtype))
         self.dtype, self.ratio_tolerance = getattr(th, dtype), RATIO_TOLERANCE[dtype]
         self.decoder = CachedDecoder(self.lm, self.dtype)
+        self.gradient_checkpointing = gradient_checkpointing
+        for model in (self, self.value_network) if gradient_checkpointing else ():
+            if model is not None:
+                prepare_checkpointing(model.lm)
+                model.gradient_checkpointing = True
         trainable = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = optimizer_class(  # type: ignore[call-arg]
             trainable, lr=lr_schedule(1), **self.optimizer_kwargs
@@ -113,7 +151,13 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
     def _watch_optimizer(self) -> None:
         """Check gradients before each of the optimizer's steps; forget what was decoded after."""
         self.optimizer.register_step_pre_hook(require_finite_gradients)
-        self.optimizer.register_step_post_hook(lambda *_: self.decoder.forget())
+        self.optimizer.register_step_post_hook(lambda *_: self.forget())
+
+    def forget(self) -> None:
+        """Drop what was decoded: the weights have changed, or memory is needed elsewhere."""
+        self.decoder.forget()
+        if self.value_network is not None:
+            self.value_network.decoder.forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Come back from a copy or a pickle: optimizers leave their hooks behind there."""
@@ -123,12 +167,14 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
     def load_from_vector(self, vector: np.ndarray) -> None:
         """Load parameters from a flat vector, as in SB3."""
         super().load_from_vector(vector)
-        self.decoder.forget()
+        self.forget()
 
     def train(self, mode: bool = True) -> "CausalLMPolicy":
         """Set SB3's training flag; the language model stays in eval mode, without dropout."""
         super().train(mode)
         self.lm.eval()
+        if self.value_network is not None:
+            self.value_network.eval()
         return self
 
     # ------------------------------------------------------------- one token at a time
@@ -148,6 +194,8 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         """
         masks = None if self.action_masks is None else self.action_masks.ask()
         rows, chosen, hidden, logits, places = self._choose(obs, masks, deterministic)
+        if self.value_network is not None:
+            hidden = self.value_network.last_hidden(obs)[0][rows]
         tokens = rows.new_zeros(len(obs))
         values = th.zeros(len(obs), 1, device=obs.device)
         log_prob = th.zeros(len(obs), device=obs.device)
@@ -202,11 +250,12 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
 
     def predict_values(self, obs: th.Tensor) -> th.Tensor:
         """Return V of each row: (n, L) ids to (n, 1)."""
-        return self._values(self._last_hidden(obs)[0]) * (obs[:, :1] != PAD)
+        hidden, _ = (self.value_network or self).last_hidden(obs)
+        return self._values(hidden) * (obs[:, :1] != PAD)
 
     def get_distribution(self, obs: th.Tensor) -> CategoricalDistribution:
         """Return SB3's distribution over the next token of each row, not differentiable."""
-        hidden, lm = self._last_hidden(obs)
+        hidden, lm = self.last_hidden(obs)
         head = self._decoding_head(lm)
         logits = hidden.new_full(
             (len(hidden), self.vocab_size), th.finfo(th.float32).min, dtype=th.float32
@@ -235,30 +284,38 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
                 minibatch after a rollout does not give the log-probabilities that were sampled.
         """
         batch = obs if isinstance(obs, TokenBatch) else one_state_per_row(obs)
-        hidden = self.hidden_at(batch)
-        found = self.token_statistics(batch, hidden, actions.long())
-        values = self._values(hidden)
-        if not bool(th.isfinite(found.log_prob).all() & th.isfinite(values).all()):
+        actions = actions.long()
+        if self.micro_batch_size is None:
+            values, log_prob, entropy = self.evaluate(batch, actions)
+        else:
+            values, log_prob, entropy = evaluate_in_parts(
+                self.evaluate, batch, actions, self.micro_batch_size
+            )
+        if not bool(th.isfinite(log_prob).all() & th.isfinite(values).all()):
             raise FloatingPointError(
                 "log-probabilities or values are not finite; no parameter was changed by this "
                 "minibatch: lower the learning rate, or check the reward's scale"
             )
         if batch.old_log_prob is not None:
-            self._check_ratio(found.log_prob.detach(), batch.old_log_prob)
-        return values, found.log_prob, found.entropy
+            self._check_ratio(log_prob.detach(), batch.old_log_prob)
+        return values, log_prob, entropy
+
+    def evaluate(
+        self, batch: TokenBatch, actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Return values (N, 1), log-probabilities (N,) and entropies (N,) of N tokens, unchecked.
+
+        While `value_only`, the values alone are differentiable, and the LM below a shared value
+        head stays as it is.
+        """
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.value_only):
+            hidden = self.hidden_at(batch)
+            found = self.token_statistics(batch, hidden, actions)
+        if self.value_network is not None:
+            hidden = self.value_network.hidden_at(batch)
+        return self._values(hidden), found.log_prob, found.entropy
 
     # --------------------------------------------------------------------------- inside
-
-    def _last_hidden(self, obs: th.Tensor) -> tuple[th.Tensor, PreTrainedModel]:
-        """Return the state at the last token of each row, (n, H), and the model that made it."""
-        ids = obs.long()
-        if th.is_grad_enabled() or not self.decoder.takes(ids):
-            held = ids[:, 0] == PAD
-            if bool(held.any()):
-                ids = ids.clone()
-                ids[held, 0] = 0  # any token: what comes of it is not used
-            return self.hidden_at(one_state_per_row(ids)), self.lm
-        return self.decoder.hidden(ids), self.decoder.lm
 
     def _decoding_head(self, lm: PreTrainedModel) -> Head:
         """Return the head for states that `lm` made; for a decoder's copy, kept with it."""
@@ -286,7 +343,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             The rows, their tokens, states (k, H), masked logits (k, A) and chosen places among
             these; all else (k,) int64.
         """
-        hidden, lm = self._last_hidden(obs)
+        hidden, lm = self.last_hidden(obs)
         rows = (obs[:, 0] != PAD).nonzero()[:, 0]
         hidden, head = hidden[rows], self._decoding_head(lm)
         logits = head.logits(hidden)
@@ -319,6 +376,10 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             "lm": self.lm.config,
             "temperature": self.temperature,
             "trainable_layers": self.trainable_layers,
+            "lora": self.lora,
+            "value_lm": None if self.value_network is None else self.value_network.lm.config,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "micro_batch_size": self.micro_batch_size,
             "dtype": str(self.dtype).removeprefix("torch."),
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,

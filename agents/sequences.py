@@ -100,6 +100,35 @@ def similar_lengths(length: th.Tensor, least: int = 256) -> list[th.Tensor]:
     return groups
 
 
+Part = tuple[TokenBatch, th.Tensor]
+"""Some sequences of a batch, and the packed places (n,) of their tokens in it."""
+
+
+def split(batch: TokenBatch, size: int) -> list[Part]:
+    """Cut a batch into parts of about `size` tokens: whole sequences, of like lengths together."""
+    order = lengths(batch.ids).argsort(stable=True)
+    n_tokens = th.bincount(batch.row, minlength=len(batch.ids))
+    dealt = token_minibatches(order.cpu().numpy(), n_tokens.cpu().numpy(), size)
+    return [take(batch, th.from_numpy(part).to(batch.ids.device)) for part in dealt]
+
+
+def take(batch: TokenBatch, rows: th.Tensor) -> Part:
+    """Take some sequences, (b,) int64, out of a batch, without old log-probabilities."""
+    within = th.full((len(batch.ids),), -1, device=rows.device)
+    within[rows] = th.arange(len(rows), device=rows.device)
+    places = (within[batch.row] >= 0).nonzero()[:, 0]
+    longest = int(lengths(batch.ids[rows]).max())
+    part = TokenBatch(
+        ids=batch.ids[rows, :longest],
+        row=within[batch.row[places]],
+        position=batch.position[places],
+        mask_id=None if batch.mask_id is None else batch.mask_id[places],
+        masks=batch.masks,
+        frozen=None if batch.frozen is None else batch.frozen[rows, :longest],
+    )
+    return part, places
+
+
 def one_state_per_row(ids: th.Tensor) -> TokenBatch:
     """Make a batch of observations (N, L) in which each row's next token is evaluated."""
     length = lengths(ids)

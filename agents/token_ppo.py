@@ -23,6 +23,7 @@ from agents.callbacks import TokenProgressBar
 from agents.frozen_layers import frozen_copy
 from agents.kl import KLController, kl_estimates
 from agents.language_model import LM, Reference, load_lm
+from agents.lora import has_adapters
 from agents.masks import ActionMasks
 from agents.policy import CausalLMPolicy
 from agents.sequences import PAD
@@ -88,6 +89,7 @@ class TokenPPO(PPO):
         kl_horizon: float = 10_000,
         ref_lm: LM | None = None,
         whole_episodes: bool = False,
+        value_warmup: int = 0,
     ) -> None:
         """Set up training; SB3's arguments mean what they mean in SB3, with these differences.
 
@@ -126,6 +128,8 @@ class TokenPPO(PPO):
             whole_episodes: Begin every rollout with fresh episodes. In an environment that holds
                 ended rows (`TextVecEnv(autoreset=False)`), a rollout is then one whole episode
                 per row, and `n_steps` must be as long as the longest.
+            value_warmup: Rollouts at the start from which the value learns alone: the policy, and
+                what it shares with the value, stays as it is.
 
         Raises:
             ValueError: If an argument is out of range or the policy has no `lm`.
@@ -134,10 +138,13 @@ class TokenPPO(PPO):
             raise ValueError(
                 "expected policy_kwargs={'lm': <folder, hub id or model>}, got no language model"
             )
+        if value_warmup < 0:
+            raise ValueError(f"expected value_warmup >= 0 rollouts, got {value_warmup}")
         self.kl = KLController(kl_coef, target_ref_kl, kl_horizon)
         self.ref_lm = ref_lm
         self.reference: Reference | None = None
         self.whole_episodes = whole_episodes
+        self.value_warmup = value_warmup
         self.finished_episodes: list[dict[str, Any]] = []
         with warnings.catch_warnings():
             # Whole sequences fill minibatches as well as may be: no size divides them evenly.
@@ -186,14 +193,17 @@ class TokenPPO(PPO):
                     "expected ref_lm to be another model than the policy's, which it would "
                     "freeze; leave it out, and a copy is made"
                 )
-            if self.ref_lm is None:
+            if self.ref_lm is None and has_adapters(self.policy.lm):
+                lm = self.policy.lm
+            elif self.ref_lm is None:
                 lm = frozen_copy(self.policy.lm)
             else:
                 lm = load_lm(self.ref_lm, self.policy.vocab_size)
             self.reference = Reference(lm, self.policy).to(self.device)
         # A live model would be pickled into SB3's zip beside its own weights.
-        if isinstance(self.policy_kwargs["lm"], th.nn.Module):
-            self.policy_kwargs = {**self.policy_kwargs, "lm": self.policy.lm.config}
+        for name in ("lm", "value_lm"):
+            if isinstance(model := self.policy_kwargs.get(name), th.nn.Module):
+                self.policy_kwargs = {**self.policy_kwargs, name: model.config}
         if isinstance(self.ref_lm, th.nn.Module):
             self.ref_lm = self.ref_lm.config
         self._open_kl = np.zeros(self.n_envs)
@@ -253,6 +263,7 @@ class TokenPPO(PPO):
 
     def train(self) -> None:
         """Update the policy by SB3's `train`, whose explained variance would count held rows."""
+        self.policy.value_only = self._n_updates < self.value_warmup * self.n_epochs
         super().train()
         buffer = self.rollout_buffer
         trained = buffer.lengths > 0
@@ -292,7 +303,7 @@ class TokenPPO(PPO):
 
     def _finish_rollout(self) -> None:
         """Subtract the KL penalty from the rollout's rewards, and log what the rollout shows."""
-        self.policy.decoder.forget()  # its cache is the largest thing there is, and of no more use
+        self.policy.forget()  # its cache is the largest thing there is, and of no more use
         self._log_episodes()
         if self.policy.n_frozen:
             self.rollout_buffer.keep_frozen(self.policy.run_frozen, self.batch_size)
@@ -390,6 +401,6 @@ class TokenPPO(PPO):
         """Save the reference's weights too, if nothing else could bring them back."""
         names, tensors = super()._get_torch_save_params()
         rebuilt = isinstance(self.ref_lm or self.policy_kwargs["lm"], str | Path)
-        if self.reference is not None and not rebuilt:
+        if self.reference is not None and not (rebuilt or self.reference.shares_base):
             names = [*names, "reference"]
         return names, tensors

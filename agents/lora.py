@@ -1,0 +1,109 @@
+"""Low-rank adapters (Hu et al. 2021, "LoRA") by peft: one set of base weights, two models.
+
+With its adapters a model is the policy, without them the reference. peft is imported when it is
+needed: `pip install 'rlhf-gym[lora]'`.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from agents.frozen_layers import stack_of
+
+
+def add_adapters(
+    lm: PreTrainedModel, settings: Mapping[str, Any], trainable_layers: int | None
+) -> None:
+    """Freeze a model and put adapters beside its linear layers, in place.
+
+    Args:
+        lm: The causal LM.
+        settings: Arguments of `peft.LoraConfig`: `r` and `lora_alpha`, say. Without
+            `target_modules`, all linear layers of the stack are adapted.
+        trainable_layers: Only the last layers are adapted; None: all.
+
+    Raises:
+        ImportError: If peft is not installed.
+        ValueError: If peft refuses the settings, or the head would be adapted.
+    """
+    config_class = _peft().LoraConfig
+    settings = dict(settings)
+    if trainable_layers is None and stack_of(lm.base_model) is None:
+        settings.setdefault("target_modules", "all-linear")
+    if "target_modules" not in settings:
+        settings["target_modules"] = linear_names(lm, trainable_layers)
+    elif trainable_layers is not None:
+        raise ValueError(
+            "expected target_modules or trainable_layers, got both: name the layers in one place"
+        )
+    try:
+        lm.add_adapter(config_class(task_type="CAUSAL_LM", **settings))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora: peft refuses {dict(settings)}: {error}") from error
+    if hasattr(lm.get_output_embeddings(), "base_layer"):
+        raise ValueError("lora: expected target_modules without the output head, got it among them")
+
+
+def linear_names(lm: PreTrainedModel, n_layers: int | None) -> list[str]:
+    """Return the full names of the linear layers in the model's last `n_layers` layers.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    layers = list(stack_of(lm.base_model) or ())
+    chosen = layers if n_layers is None else layers[max(0, len(layers) - n_layers) :]
+    inside = {id(module) for layer in chosen for module in layer.modules()}
+    names = [
+        name
+        for name, module in lm.named_modules()
+        if id(module) in inside and isinstance(module, nn.Linear | Conv1D)
+    ]
+    if not names:
+        raise ValueError(
+            f"lora: expected linear layers in the last {n_layers} of {len(layers)} layers of "
+            f"{type(lm).__name__}, got none: name target_modules, or more trainable_layers"
+        )
+    return names
+
+
+def has_adapters(lm: nn.Module) -> bool:
+    """Say whether a model has adapters."""
+    return bool(getattr(lm, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def without_adapters(lm: PreTrainedModel) -> Iterator[None]:
+    """Switch a model's adapters off for a while."""
+    lm.disable_adapters()
+    try:
+        yield
+    finally:
+        lm.enable_adapters()
+
+
+def merged(lm: PreTrainedModel) -> PreTrainedModel:
+    """Return a float32 copy whose weights have taken the adapters up: W + B·A·alpha/r."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    whole = copy.deepcopy(lm).float()
+    for module in list(whole.modules()):
+        for name, part in module.named_children():
+            if isinstance(part, BaseTunerLayer):
+                part.merge()
+                setattr(module, name, part.get_base_layer())
+    whole._hf_peft_config_loaded = False
+    del whole.peft_config
+    return whole
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("lora needs peft: pip install 'rlhf-gym[lora]'") from error
+    return peft

@@ -9,8 +9,9 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch.nn.utils.rnn import pad_sequence
 
+from agents import ranks
 from agents.masks import ActionMasks
-from agents.sequences import PAD, TokenBatch, pad_right, token_minibatches
+from agents.sequences import PAD, TokenBatch, deal, n_minibatches, pad_right
 
 
 class TokenRolloutSamples(NamedTuple):
@@ -138,7 +139,8 @@ class TokenRolloutBuffer(RolloutBuffer):
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """Compute returns and advantages by SB3's recursion, after `before_advantages`.
 
-        Whitening takes mean and (unbiased) standard deviation over all tokens of the rollout.
+        Whitening takes mean and (unbiased) standard deviation over all tokens of the rollout,
+        those of other ranks included.
         """
         if self.n_tokens == 0:
             raise ValueError(
@@ -148,9 +150,10 @@ class TokenRolloutBuffer(RolloutBuffer):
         self.before_advantages()
         super().compute_returns_and_advantage(last_values, dones)
         trained = self.lengths > 0
-        if self.whiten_advantages and trained.sum() > 1:
-            values = self.advantages[trained]
-            self.advantages[trained] = (values - values.mean()) / (values.std(ddof=1) + 1e-8)
+        everywhere = ranks.gather_tokens(self.to_torch(self.advantages[trained])).cpu().numpy()
+        if self.whiten_advantages and len(everywhere) > 1:
+            mean, deviation = everywhere.mean(), everywhere.std(ddof=1)
+            self.advantages[trained] = (self.advantages[trained] - mean) / (deviation + 1e-8)
 
     @property
     def n_tokens(self) -> int:
@@ -160,12 +163,17 @@ class TokenRolloutBuffer(RolloutBuffer):
     def get(self, batch_size: int | None = None) -> Iterator[TokenRolloutSamples]:  # type: ignore[override]
         """Yield the rollout once, in random minibatches of about `batch_size` tokens.
 
+        With several ranks a minibatch is one of all of them: sequences and actions are this
+        rank's, everything else (old values, log-probabilities, advantages, returns) is gathered.
+
         The first minibatch after a rollout carries the old log-probabilities in its `TokenBatch`
         too, for the policy to check.
         """
         assert self.full, "the rollout is not complete"
         order = np.random.permutation(len(self.segments))
-        for batch, index in self.batches(order, batch_size or self.n_tokens):
+        n_tokens = int(ranks.total(self.n_tokens))
+        n_parts = n_minibatches(n_tokens, batch_size or n_tokens)
+        for batch, index in self._batches(order, ranks.least(min(n_parts, len(order)))):
             at = tuple(index)
             packed = [
                 self.to_torch(array[at])
@@ -175,7 +183,7 @@ class TokenRolloutBuffer(RolloutBuffer):
                 batch = batch._replace(old_log_prob=packed[1])
                 self._first_minibatch = False
             actions = self.to_torch(self.actions[at]).long()
-            yield TokenRolloutSamples(batch, actions, *packed)
+            yield TokenRolloutSamples(batch, actions, *map(ranks.gather_tokens, packed))
 
     def batches(
         self, order: np.ndarray, batch_size: int
@@ -186,8 +194,12 @@ class TokenRolloutBuffer(RolloutBuffer):
             Batches, each with the places of its packed tokens in the buffer's arrays: (2, N)
             int, steps and rows.
         """
+        n_tokens = sum(self.segments[i].n_tokens for i in order)
+        yield from self._batches(order, n_minibatches(n_tokens, batch_size))
+
+    def _batches(self, order: np.ndarray, n: int) -> Iterator[tuple[TokenBatch, np.ndarray]]:
         masks = None if self.action_masks is None else self.action_masks.table()
-        for part in self._deal(order, batch_size):
+        for part in self._deal(order, n):
             yield self._batch(part, masks)
 
     def keep_frozen(self, run: Callable[[TokenBatch], list[th.Tensor]], batch_size: int) -> None:
@@ -198,14 +210,13 @@ class TokenRolloutBuffer(RolloutBuffer):
             batch_size: Tokens to run at a time, about.
         """
         states: dict[int, th.Tensor] = {}
-        for part in self._deal(self.by_length(), batch_size):
+        for part in self._deal(self.by_length(), n_minibatches(self.n_tokens, batch_size)):
             batch, _ = self._batch(part, None)
             states.update(zip(part.tolist(), run(batch), strict=True))
         self._frozen = [states[i] for i in range(len(self.segments))]
 
-    def _deal(self, order: np.ndarray, batch_size: int) -> list[np.ndarray]:
-        n_tokens = np.array([segment.n_tokens for segment in self.segments])
-        return token_minibatches(order, n_tokens, batch_size)
+    def _deal(self, order: np.ndarray, n: int) -> list[np.ndarray]:
+        return deal(order, np.array([segment.n_tokens for segment in self.segments]), n)
 
     def by_length(self) -> np.ndarray:
         """Return the order of the segments from the shortest sequence to the longest."""

@@ -4,7 +4,8 @@ It knows observations (token ids) and tokens, and nothing of prompts, scores or 
 Stock SB3 A2C and PPO run with it as TokenPPO does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from agents.heads import Head, log_prob_of, mask_logits_, sample
 from agents.language_model import LM, TokenModel, check_positions, load_lm
 from agents.lora import add_adapters
 from agents.masks import ActionMasks
-from agents.micro_batches import evaluate_in_parts
+from agents.micro_batches import Evaluate, evaluate_in_parts
 from agents.packed import PackedLinear, can_pack
+from agents.ranks import gather_tokens
 from agents.sequences import PAD, TokenBatch, one_state_per_row
 from agents.value_network import ValueNetwork
 
@@ -127,6 +129,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             if self.value_network.lm is self.lm:
                 raise ValueError("expected value_lm to be another model than lm: give a copy")
         self.value_only = False
+        self.run_through(self.evaluate, nullcontext)
         valued = (self.value_network or self).lm
         self.value_head = nn.Linear(valued.config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
@@ -277,7 +280,8 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             actions: (N,) tokens.
 
         Returns:
-            Values (N, 1), log-probabilities (N,) and entropies (N,) in nats.
+            Values (N, 1), log-probabilities (N,) and entropies (N,) in nats: of all ranks'
+            tokens, where there are several.
 
         Raises:
             FloatingPointError: If a value or log-probability is not finite, or if the first
@@ -285,12 +289,10 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         """
         batch = obs if isinstance(obs, TokenBatch) else one_state_per_row(obs)
         actions = actions.long()
-        if self.micro_batch_size is None:
-            values, log_prob, entropy = self.evaluate(batch, actions)
-        else:
-            values, log_prob, entropy = evaluate_in_parts(
-                self.evaluate, batch, actions, self.micro_batch_size
-            )
+        size = self.micro_batch_size or len(actions)
+        values, log_prob, entropy = evaluate_in_parts(
+            self._evaluate, batch, actions, size, self._unsynchronised
+        )
         if not bool(th.isfinite(log_prob).all() & th.isfinite(values).all()):
             raise FloatingPointError(
                 "log-probabilities or values are not finite; no parameter was changed by this "
@@ -298,7 +300,18 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             )
         if batch.old_log_prob is not None:
             self._check_ratio(log_prob.detach(), batch.old_log_prob)
-        return values, log_prob, entropy
+        return gather_tokens(values), gather_tokens(log_prob), gather_tokens(entropy)
+
+    def run_through(
+        self, evaluate: Evaluate, unsynchronised: Callable[[], AbstractContextManager]
+    ) -> None:
+        """Let the update run through something that averages gradients over several processes.
+
+        Args:
+            evaluate: Gives what `evaluate` does.
+            unsynchronised: Makes a context in which gradients are not averaged yet.
+        """
+        self._evaluate, self._unsynchronised = evaluate, unsynchronised
 
     def evaluate(
         self, batch: TokenBatch, actions: th.Tensor

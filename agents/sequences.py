@@ -54,23 +54,32 @@ def pad_right(sequences: list[np.ndarray]) -> np.ndarray:
     return padded
 
 
-def token_minibatches(order: np.ndarray, n_tokens: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Deal whole sequences, in the given order, into minibatches of about ``batch_size`` tokens.
+def n_minibatches(n_tokens: int, batch_size: int) -> int:
+    """Return how many minibatches of `batch_size` stock SB3 would make of `n_tokens` tokens."""
+    return max(1, -(-n_tokens // batch_size))
+
+
+def deal(order: np.ndarray, n_tokens: np.ndarray, n_parts: int) -> list[np.ndarray]:
+    """Deal whole sequences, in the given order, into parts of nearly equally many tokens.
 
     Args:
-        order: (B,) int, a permutation of the sequences.
-        n_tokens: (B,) int, trained tokens of each sequence.
-        batch_size: Tokens per minibatch. There are as many minibatches as stock SB3 would make
-            of the same tokens, of nearly equal size; a sequence is never cut.
+        order: (B,) int, the sequences to deal.
+        n_tokens: Trained tokens of each sequence there is.
+        n_parts: How many parts to make; as many as there are sequences, if these are fewer.
 
     Returns:
-        Arrays of sequence indices, each sequence in exactly one of them.
+        Arrays of sequence indices, none empty, each sequence in exactly one of them.
     """
+    n_parts = min(n_parts, len(order))
+    if n_parts == 0:
+        return []
     filled = np.cumsum(n_tokens[order])
-    n_minibatches = max(1, int(np.ceil(filled[-1] / batch_size)))
-    edges = filled[-1] * np.arange(1, n_minibatches) / n_minibatches
-    parts = np.split(order, np.searchsorted(filled, edges, side="left") + 1)
-    return [part for part in parts if len(part)]
+    edges = filled[-1] * np.arange(1, n_parts) / n_parts
+    cuts = np.searchsorted(filled, edges, side="left") + 1
+    steps = np.arange(1, n_parts)  # leave a sequence for each part, before and behind
+    cuts = np.maximum.accumulate(np.maximum(cuts, steps) - steps) + steps
+    cuts = np.minimum(cuts, len(order) - n_parts + steps)
+    return np.split(order, cuts)
 
 
 def similar_lengths(length: th.Tensor, least: int = 256) -> list[th.Tensor]:
@@ -108,7 +117,8 @@ def split(batch: TokenBatch, size: int) -> list[Part]:
     """Cut a batch into parts of about `size` tokens: whole sequences, of like lengths together."""
     order = lengths(batch.ids).argsort(stable=True)
     n_tokens = th.bincount(batch.row, minlength=len(batch.ids))
-    dealt = token_minibatches(order.cpu().numpy(), n_tokens.cpu().numpy(), size)
+    n_parts = n_minibatches(len(batch.row), size)
+    dealt = deal(order.cpu().numpy(), n_tokens.cpu().numpy(), n_parts)
     return [take(batch, th.from_numpy(part).to(batch.ids.device)) for part in dealt]
 
 

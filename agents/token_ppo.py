@@ -13,11 +13,14 @@ import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
+from torch.nn.parallel import DistributedDataParallel
 
+from agents import ranks
 from agents.buffer import TokenRolloutBuffer
 from agents.callbacks import TokenProgressBar
 from agents.frozen_layers import frozen_copy
@@ -26,10 +29,22 @@ from agents.language_model import LM, Reference, load_lm
 from agents.lora import has_adapters
 from agents.masks import ActionMasks
 from agents.policy import CausalLMPolicy
-from agents.sequences import PAD
+from agents.sequences import PAD, TokenBatch
 
 PROBED = 8
 """One sequence of so many is compared with the reference at every token of the vocabulary."""
+
+
+class Evaluation(th.nn.Module):
+    """The policy as a module whose forward pass is what the update calls: for DDP."""
+
+    def __init__(self, policy: CausalLMPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, batch: TokenBatch, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """Return `policy.evaluate(batch, actions)`."""
+        return self.policy.evaluate(batch, actions)
 
 
 class TokenPPO(PPO):
@@ -140,6 +155,7 @@ class TokenPPO(PPO):
             )
         if value_warmup < 0:
             raise ValueError(f"expected value_warmup >= 0 rollouts, got {value_warmup}")
+        ranks.connect(device)
         self.kl = KLController(kl_coef, target_ref_kl, kl_horizon)
         self.ref_lm = ref_lm
         self.reference: Reference | None = None
@@ -184,6 +200,9 @@ class TokenPPO(PPO):
     def _setup_model(self) -> None:
         """Build buffer and policy as SB3 does, then the reference."""
         super()._setup_model()
+        ranks.copy_from_first(self.policy)
+        if ranks.rank() > 0:
+            self.set_logger(Logger(None, []))
         self.rollout_buffer.before_advantages = self._finish_rollout
         if self.env is not None:
             self._allow_tokens_of(self.env)
@@ -207,6 +226,25 @@ class TokenPPO(PPO):
         if isinstance(self.ref_lm, th.nn.Module):
             self.ref_lm = self.ref_lm.config
         self._open_kl = np.zeros(self.n_envs)
+        if ranks.world_size() > 1:
+            self._connect_policy()
+
+    def _connect_policy(self) -> None:
+        """Let gradients be averaged over the ranks: by DDP, around what the update calls."""
+        evaluation = DistributedDataParallel(
+            Evaluation(self.policy),
+            broadcast_buffers=False,
+            find_unused_parameters=self.value_warmup > 0,  # most, while the value learns alone
+        )
+        self.policy.run_through(evaluation.__call__, evaluation.no_sync)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed this rank's generators and environments, each rank's differently."""
+        super().set_random_seed(None if seed is None else seed + 1_000_000 * ranks.rank())
+
+    def set_logger(self, logger: Logger) -> None:
+        """Log to `logger`; on ranks other than 0, nowhere."""
+        super().set_logger(logger if ranks.rank() == 0 else Logger(None, []))
 
     def predict(
         self,
@@ -235,6 +273,7 @@ class TokenPPO(PPO):
             self._require_long_rollouts(env)
             self._last_obs = env.reset()  # type: ignore[assignment]
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+        self._tokens_before = self._num_timesteps
         self._open_kl[self._last_episode_starts] = 0
         self._collecting = True
         try:
@@ -245,20 +284,28 @@ class TokenPPO(PPO):
 
     @property  # type: ignore[override]
     def num_timesteps(self) -> int:
-        """Tokens written so far. SB3 counts a step per row; a held row writes nothing."""
+        """Tokens written so far, by all ranks. A held row, where SB3 counts a step, writes none.
+
+        Within a rollout the other ranks' tokens are taken to be as many as this one's.
+        """
         return self._num_timesteps
 
     @num_timesteps.setter
     def num_timesteps(self, value: int) -> None:
-        steps = self._collecting and self._last_obs is not None
-        self._num_timesteps = value - (int((self._last_obs[:, 0] == PAD).sum()) if steps else 0)
+        if self._collecting and self._last_obs is not None:
+            written = value - self._num_timesteps - int((self._last_obs[:, 0] == PAD).sum())
+            value = self._num_timesteps + written * ranks.world_size()
+        self._num_timesteps = value
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        """Set callbacks up as SB3 does, with a progress bar that counts tokens."""
-        if progress_bar:
+        """Set callbacks up as SB3 does, on rank 0, with a progress bar that counts tokens."""
+        if progress_bar and ranks.rank() == 0:
             given = callback if isinstance(callback, list) else [callback]
             made = [c if isinstance(c, BaseCallback) else ConvertCallback(c) for c in given]
             callback = [*made, TokenProgressBar()]
+        if ranks.world_size() > 1:
+            alone = None if ranks.rank() > 0 else super()._init_callback(callback)
+            callback = ranks.OneForAll(alone)
         return super()._init_callback(callback)
 
     def train(self) -> None:
@@ -267,7 +314,12 @@ class TokenPPO(PPO):
         super().train()
         buffer = self.rollout_buffer
         trained = buffer.lengths > 0
-        explained = explained_variance(buffer.values[trained], buffer.returns[trained])
+        explained = explained_variance(
+            *(
+                ranks.gather_tokens(buffer.to_torch(array[trained])).cpu().numpy()
+                for array in (buffer.values, buffer.returns)
+            )
+        )
         self.logger.record("train/explained_variance", explained)
 
     def _require_long_rollouts(self, env: VecEnv) -> None:
@@ -304,23 +356,27 @@ class TokenPPO(PPO):
     def _finish_rollout(self) -> None:
         """Subtract the KL penalty from the rollout's rewards, and log what the rollout shows."""
         self.policy.forget()  # its cache is the largest thing there is, and of no more use
-        self._log_episodes()
+        self._num_timesteps = self._tokens_before + int(ranks.total(self.rollout_buffer.n_tokens))
         if self.policy.n_frozen:
             self.rollout_buffer.keep_frozen(self.policy.run_frozen, self.batch_size)
         ref_log_probs, exact = self._second_look()
+        buffer = self.rollout_buffer
+        log_ratio = buffer.log_probs - ref_log_probs
+        if self.reference is not None:
+            buffer.rewards -= self.kl.coef * log_ratio
+            self._sum_per_episode(log_ratio)
+        self._share_episodes()
+        self._log_episodes()
         if self.reference is None:
             return
-        buffer = self.rollout_buffer
         if exact < -1e-3:
             raise FloatingPointError(
                 f"the KL to the reference is {exact:.2e} nats per token, below 0: policy and "
                 "reference are not normalised alike"
             )
-        log_ratio = buffer.log_probs - ref_log_probs
-        buffer.rewards -= self.kl.coef * log_ratio
-        self._sum_per_episode(log_ratio)
+        n_tokens = ranks.total(buffer.n_tokens)
         for name, value in kl_estimates(log_ratio).items():
-            per_token = float(value.sum()) / buffer.n_tokens
+            per_token = ranks.total(float(value.sum())) / n_tokens
             self.logger.record(f"rollout/ref_kl_per_token_{name}", per_token)
         self.logger.record("rollout/ref_kl_per_token_exact", exact)
         self.logger.record("train/kl_coef", self.kl.coef)
@@ -367,7 +423,9 @@ class TokenPPO(PPO):
                 hidden = reference.hidden_at(batch)
                 found = reference.token_statistics(batch, hidden, actions)
                 ref_log_probs[at] = found.log_prob.cpu().numpy()
-        return ref_log_probs, float(th.cat(exact).mean()) if exact else 0.0
+        if not exact:
+            return ref_log_probs, 0.0
+        return ref_log_probs, float(ranks.gather_tokens(th.cat(exact)).mean())
 
     def _sum_per_episode(self, log_ratio: np.ndarray) -> None:
         """Give each finished episode its `ref_kl`, with what earlier rollouts saw of it."""
@@ -378,6 +436,18 @@ class TokenPPO(PPO):
             episode["ref_kl"] = float(total[end, row] - total[since[row], row] + self._open_kl[row])
             self._open_kl[row], since[row] = 0, end
         self._open_kl += total[-1] - total[since, np.arange(self.n_envs)]
+
+    def _share_episodes(self) -> None:
+        """Let every rank know the episodes that ended on any, rows numbered throughout."""
+        if ranks.world_size() == 1:
+            return
+        first_row = ranks.rank() * self.n_envs
+        mine = [
+            {**episode, "row": episode["row"] + first_row} for episode in self.finished_episodes
+        ]
+        self.finished_episodes = ranks.gather(mine)
+        others = [e for e in self.finished_episodes if e["row"] // self.n_envs != ranks.rank()]
+        super()._update_info_buffer(others)
 
     def _log_episodes(self) -> None:
         """Log scores, lengths and ends of the rollout's finished episodes, where told."""
@@ -392,6 +462,11 @@ class TokenPPO(PPO):
             if reasons:
                 share = reasons.count(reason) / len(reasons)
                 self.logger.record(f"rollout/finish_{reason}", share)
+
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
+        """Save as SB3 does; with several ranks, rank 0 does it."""
+        if ranks.rank() == 0:
+            super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
         """Keep models and text out of SB3's pickled part."""

@@ -1,0 +1,155 @@
+"""Several processes, each with its own rows: what they must know of one another.
+
+torchrun starts them, torch.distributed connects them, DDP or FSDP2 averages gradients. What is
+here keeps a training loop that knows nothing of it right: figures per token are gathered before
+the loss is computed, so that loss, early stopping and statistics are those of all ranks, and
+callbacks, which run on rank 0 alone, decide for all. With one process each function is free.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch as th
+import torch.distributed as dist
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import get_device
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
+
+PATIENCE = timedelta(hours=12)
+"""How long a rank waits for another. One that dies is torchrun's to notice, within seconds; this
+is for a stage or callback that rank 0 does alone."""
+
+
+def connect(device: th.device | str) -> None:
+    """Join the processes that torchrun has started, if it has and nobody did yet.
+
+    Args:
+        device: What this process computes on: "cuda" is the GPU of its number on this machine.
+    """
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    on_gpu = get_device(device).type == "cuda"
+    if on_gpu:
+        th.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather_tokens(values: th.Tensor) -> th.Tensor:
+    """Put the ranks' values (N_rank, ...) together, in the order of ranks: (N, ...).
+
+    Each rank's own part stays differentiable. Its gradient is multiplied by the number of ranks,
+    as DDP and FSDP2 divide by it when they average: what is left is the gradient of a loss over
+    all tokens, however they are spread.
+    """
+    if world_size() == 1:
+        return values
+    return _Gather.apply(values)
+
+
+class _Gather(th.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: th.Tensor) -> th.Tensor:
+        sizes = [int(n) for n in _all(th.tensor([len(values)], device=values.device))]
+        padded = values.new_zeros(max(sizes), *values.shape[1:])
+        padded[: len(values)] = values
+        parts = _all(padded)
+        ctx.start, ctx.size = sum(sizes[: rank()]), len(values)
+        return th.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
+        return gradient[ctx.start : ctx.start + ctx.size] * world_size()
+
+
+def _all(tensor: th.Tensor) -> list[th.Tensor]:
+    parts = [th.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    return parts
+
+
+def total(value: float) -> float:
+    """Return the sum of the ranks' values."""
+    return sum(gather([value]))
+
+
+def least(value: int) -> int:
+    """Return the smallest of the ranks' values."""
+    return min(gather([value]))
+
+
+def gather(items: list) -> list:
+    """Return all ranks' items, in the order of ranks."""
+    if world_size() == 1:
+        return items
+    found: list[list] = [[] for _ in range(world_size())]
+    dist.all_gather_object(found, items)
+    return [item for part in found for item in part]
+
+
+@th.no_grad()
+def copy_from_first(module: th.nn.Module) -> None:
+    """Give parameters and buffers the values that they have on rank 0."""
+    if world_size() > 1:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.data, 0)
+
+
+def whole(tree: Any) -> Any:
+    """Replace sharded tensors by whole ones on the CPU; all ranks must call it."""
+
+    def unshard(leaf: Any) -> Any:
+        return leaf.full_tensor().cpu() if isinstance(leaf, DTensor) else leaf
+
+    return tree_map(unshard, tree)
+
+
+class OneForAll(BaseCallback):
+    """Calls callbacks on rank 0 alone; at each call the other ranks wait, to go on or to stop."""
+
+    def __init__(self, callback: BaseCallback | None) -> None:
+        """Wrap `callback`; None on ranks other than 0."""
+        super().__init__()
+        self.callback = callback
+
+    def _init_callback(self) -> None:
+        if self.callback is not None:
+            self.callback.init_callback(self.model)
+
+    def _on_training_start(self) -> None:
+        self._meet(lambda c: c.on_training_start(self.locals, self.globals))
+
+    def _on_rollout_start(self) -> None:
+        self._meet(lambda c: c.on_rollout_start())
+
+    def _on_step(self) -> bool:
+        return self._meet(lambda c: c.on_step())
+
+    def _on_rollout_end(self) -> None:
+        self._meet(lambda c: c.on_rollout_end())
+
+    def _on_training_end(self) -> None:
+        self._meet(lambda c: c.on_training_end())
+
+    def update_child_locals(self, locals_: dict[str, Any]) -> None:
+        """Let the callbacks see the training loop's variables."""
+        if self.callback is not None:
+            self.callback.update_locals(locals_)
+
+    def _meet(self, call: Callable[[BaseCallback], Any]) -> bool:
+        going_on = self.callback is None or call(self.callback) is not False
+        word = th.tensor([going_on], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.broadcast(word, 0)
+        return bool(word)

@@ -14,7 +14,7 @@ demo: $(BIN)/.installed  ## the main job, 7 to 8 minutes on 2 cores: the report 
 	$(BIN)/python train.py
 
 test: $(BIN)/.installed  ## the quick tests, offline
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(BIN)/.installed  ## the slow ones, and those that fetch assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or network'

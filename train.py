@@ -3,6 +3,7 @@
     python train.py                      the main job: all stages with their defaults
     python train.py STAGE --help         one stage alone: sft, reward, ppo, evaluate
     python train.py run --config F.yaml  the same with a file of settings
+    torchrun --nproc-per-node 2 train.py …   the same, PPO on several processes
 
 Every stage reads what the ones before left in the run folder and adds its own part; each input
 can be given by hand instead. Nothing heavy is imported before the arguments are parsed.
@@ -118,7 +119,7 @@ class PPO:
     total_timesteps: int = 15_000
     """Tokens to generate; the last rollout is finished."""
     n_envs: int = 128
-    """Rows that write side by side."""
+    """Rows that write side by side, on all processes together."""
     n_steps: int | None = None
     """Tokens per row between updates. None: one whole episode per row, whatever its length."""
     batch_size: int = 768
@@ -141,6 +142,8 @@ class PPO:
     """Rollouts at the start from which the value learns alone."""
     gradient_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass: less memory, more time."""
+    shard: bool = False
+    """With torchrun: split the weights over the processes (FSDP2), not a copy in each (DDP)."""
     micro_batch_size: int | None = None
     """Tokens of a minibatch whose activations are held at a time; the gradient stays the same."""
     max_new_tokens: int = 32
@@ -215,10 +218,10 @@ def run(common: Common, settings: Run) -> None:
     start = time.time()
     require_files(settings)  # now, not when the stage that reads them begins
     say(f"Run folder: {common.run}")
-    sft(common, settings.sft)
-    reward(common, settings.reward)
+    on_first_process(sft, common, settings.sft)
+    on_first_process(reward, common, settings.reward)
     ppo(common, settings.ppo)
-    evaluate(common, settings.evaluate)
+    on_first_process(evaluate, common, settings.evaluate)
     say(f"The whole run took {time.time() - start:.0f} s.")
 
 
@@ -305,11 +308,19 @@ def ppo(common: Common, settings: PPO) -> None:
         TensorBoardOutputFormat,
     )
 
-    from agents import SampleTextCallback, SavePretrainedCallback, TokenPPO
+    from agents import SampleTextCallback, SavePretrainedCallback, TokenPPO, ranks
     from reward_models import LearnedRewardModel
     from text_env import TextVecEnv
     from text_env.vocabulary import load_tokenizer
 
+    ranks.connect(common.device)  # others than the first wait here for the stages before
+    common.run = ranks.gather([common.run])[0]
+    n_processes, first = ranks.world_size(), ranks.rank() == 0
+    if settings.n_envs % n_processes:
+        raise ValueError(
+            f"expected n_envs divisible by the number of processes, got {settings.n_envs} rows for "
+            f"{n_processes}"
+        )
     folder = folder_of(common)
     with stage(common, "ppo") as (facts, made):
         policy = settings.policy or str(left_by("sft", folder / "sft"))
@@ -326,7 +337,7 @@ def ppo(common: Common, settings: PPO) -> None:
         }
         whole = settings.n_steps is None
         env = TextVecEnv(
-            num_envs=settings.n_envs,
+            num_envs=settings.n_envs // n_processes,
             autoreset=not whole,
             tokenizer=tokenizer,
             prompts=settings.prompts or data(common) / "prompts.jsonl",
@@ -358,6 +369,7 @@ def ppo(common: Common, settings: PPO) -> None:
                 "micro_batch_size": settings.micro_batch_size,
             },
             value_warmup=settings.value_warmup,
+            shard=settings.shard,
             kl_coef=settings.kl_coef,
             target_ref_kl=settings.target_ref_kl,
             kl_horizon=settings.kl_horizon,
@@ -365,18 +377,19 @@ def ppo(common: Common, settings: PPO) -> None:
             seed=common.seed,
             device=device_of(common),
         )
-        writers: list[KVWriter] = [
-            JSONOutputFormat(str(made / "metrics.jsonl")),
-            TensorBoardOutputFormat(str(made / "tensorboard")),
-        ]
-        model.set_logger(Logger(str(made), writers))
+        if first:
+            writers: list[KVWriter] = [
+                JSONOutputFormat(str(made / "metrics.jsonl")),
+                TensorBoardOutputFormat(str(made / "tensorboard")),
+            ]
+            model.set_logger(Logger(str(made), writers))
         callbacks = [
             SampleTextCallback(made / "samples.jsonl"),
             SavePretrainedCallback(
                 made / "policy", tokenizer, settings.save_every, merge=settings.merge_lora
             ),
         ]
-        if (folder / "judge").exists():
+        if first and (folder / "judge").exists():
             judge = LearnedRewardModel.load(folder / "judge", device_of(common))
             callbacks.insert(0, judged_rollouts(judge))
         model.learn(settings.total_timesteps, callback=callbacks, progress_bar=True)
@@ -384,6 +397,7 @@ def ppo(common: Common, settings: PPO) -> None:
         rows = map(json.loads, read_lines(made / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
         facts["episodes"] = sum(row["rollout/episodes"] for row in rows)
+    ranks.disconnect()
 
 
 def lora_of(settings: PPO) -> dict[str, float] | None:
@@ -527,6 +541,10 @@ def stage(common: Common, name: str) -> Iterator[tuple[dict[str, Any], Path]]:
     """
     from reward_models.atomic import atomic_file
 
+    if process_number() > 0:  # the first process does the bookkeeping
+        set_up(common)
+        yield {}, folder_of(common) / f"{name}.unfinished"
+        return
     run_folder, unfinished = folder_of(common), folder_of(common) / f"{name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -652,8 +670,26 @@ def dtype_of(common: Common) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
+    """Print a line at once; the first process speaks for all."""
+    if process_number() == 0:
+        print(text, flush=True)
+
+
+def process_number() -> int:
+    """Return which of the processes that torchrun started this is; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def on_first_process(function: Callable[..., None], *arguments: Any) -> None:
+    """Do a stage on the first process alone, which must not look for the others meanwhile."""
+    if process_number() > 0:
+        return
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        function(*arguments)
+    finally:
+        os.environ.update(hidden)
 
 
 # ----------------------------------------------------------------- what the stages look at
@@ -1077,11 +1113,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("reward_models").setLevel(logging.INFO)
     try:
-        common.run = run_folder(common, name)
-        refuse_to_replace(common, name)
+        if process_number() == 0:
+            common.run = run_folder(common, name)
+            refuse_to_replace(common, name)
         if name == "run":
             save_config(common, "config.yaml", chosen)
-        function(common, settings)
+        if name in ("run", "ppo"):
+            function(common, settings)
+        else:
+            on_first_process(function, common, settings)
         if name != "run":
             save_config(common, f"config-{name}.yaml", chosen)
     except KeyboardInterrupt:
@@ -1091,7 +1131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RLHF_GYM_DEBUG"):
             raise
         message = " ".join(str(error).split())
-        print(f"train.py {name}: error: {message}", file=sys.stderr)
+        which = f" in process {process_number()}" if "RANK" in os.environ else ""
+        print(f"train.py {name}: error{which}: {message}", file=sys.stderr)
         print("(RLHF_GYM_DEBUG=1 shows where)", file=sys.stderr)
         return 1
     return 0
@@ -1112,6 +1153,8 @@ def save_config(common: Common, name: str, chosen: "Namespace") -> None:
 
     from reward_models.atomic import atomic_file
 
+    if process_number() > 0:
+        return
     values = chosen.clone().as_dict()
     values.pop("config", None)
     values |= {"run": None, "overwrite": False}

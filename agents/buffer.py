@@ -74,6 +74,7 @@ class TokenRolloutBuffer(RolloutBuffer):
         self.whiten_advantages = whiten_advantages
         self.before_advantages: Callable[[], None] = lambda: None
         self.action_masks: ActionMasks | None = None
+        self.in_step = False  # as many batches on each rank: sharded models run together
         super().__init__(
             buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs
         )
@@ -195,7 +196,10 @@ class TokenRolloutBuffer(RolloutBuffer):
             int, steps and rows.
         """
         n_tokens = sum(self.segments[i].n_tokens for i in order)
-        yield from self._batches(order, n_minibatches(n_tokens, batch_size))
+        n = n_minibatches(n_tokens, batch_size)
+        if self.in_step:
+            n = min(ranks.gather([n])[0], ranks.least(len(order)))
+        yield from self._batches(order, n)
 
     def _batches(self, order: np.ndarray, n: int) -> Iterator[tuple[TokenBatch, np.ndarray]]:
         masks = None if self.action_masks is None else self.action_masks.table()

@@ -21,7 +21,7 @@ def prepare_checkpointing(lm: PreTrainedModel) -> None:
         raise ValueError(
             f"gradient_checkpointing: {type(lm).__name__} does not support it; leave it out"
         )
-    lm.gradient_checkpointing_enable({"use_reentrant": False})
+    lm.activation_checkpointing_enable({"use_reentrant": False})
     for layer in _layers(lm):  # some layers apply dropout themselves, by their own flag
         for name, value in vars(layer).items():
             if "dropout" in name and isinstance(value, float):

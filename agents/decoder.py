@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from agents.one_query import use_one_query_attention
 from agents.packed import can_pack, pack_linears
+from agents.ranks import whole
 from agents.sequences import PAD, lengths
 
 
@@ -108,7 +109,7 @@ class CachedDecoder:
                 f"expected a causal LM with attention layers only, got {odd} in "
                 f"{type(lm).__name__}: such a state cannot be cut at a token; use another model"
             )
-        self._source, self._dtype = lm, dtype
+        self._source, self._dtype, self._sharded = lm, dtype, False
         self._n_layers = len(layers)
         self.forget()
 
@@ -119,30 +120,53 @@ class CachedDecoder:
 
     def forget(self) -> None:
         """Drop everything: the weights have changed, or memory is needed elsewhere."""
+        self._forget_rows()
+        if not self._sharded:
+            self._copy: PreTrainedModel | None = None
+
+    def _forget_rows(self) -> None:
         self._ids: th.Tensor | None = None
         self._hidden: th.Tensor | None = None
         self._cache: Cache | None = None
         self._layers: list[SlotLayer] = []
-        self._copy: PreTrainedModel | None = None
         self._watched: tuple[th.Tensor, ...] = ()
         self.derived: dict[str, Any] = {}  # what users made of the weights: dropped with them
 
+    def prepare_to_gather(self) -> None:
+        """Make the copy that `gather` fills, before the model's weights are sharded."""
+        self._copy = self._copied().requires_grad_(False)
+        self._sharded = True
+
+    @th.no_grad()
+    def gather(self) -> None:
+        """Bring a sharded model's weights together in the copy; all ranks must call it."""
+        assert self._copy is not None
+        self._forget_rows()
+        for new, old in zip(self._source.parameters(), self._copy.parameters(), strict=True):
+            old.copy_(whole(new))
+
+    def _copied(self) -> PreTrainedModel:
+        """Copy the model in the decoder's dtype. Buffers keep theirs: positions need it."""
+        # Told what each parameter's copy is, deepcopy makes none in full precision; what has
+        # the dtype already is shared.
+        small = {
+            id(p): p
+            if p.dtype == self._dtype and not p.requires_grad
+            else th.nn.Parameter(p.detach().to(self._dtype, copy=True), requires_grad=False)
+            for p in self._source.parameters()
+        }
+        return copy.deepcopy(self._source, small)
+
     def _follow(self) -> None:
-        """Copy the weights as they are now. Buffers keep their dtype: positions need it."""
+        """Copy the weights as they are now, if they are to be copied."""
+        if self._sharded:
+            return
         packs = can_pack(self._source.device, self._dtype)
         self._watched = tuple(self._source.parameters())
         self._version = sum(p._version for p in self._watched)
         if self._copy is not None or (self._dtype == th.float32 and not packs):
             return
-        # Told what each parameter's copy is, deepcopy makes none in full precision; what has
-        # the dtype already is shared.
-        small = {
-            id(p): p
-            if p.dtype == self._dtype
-            else th.nn.Parameter(p.detach().to(self._dtype), requires_grad=False)
-            for p in self._source.parameters()
-        }
-        self._copy = copy.deepcopy(self._source, small)
+        self._copy = self._copied()
         if packs:
             pack_linears(self._copy.base_model)
         if packs and self._dtype != th.float32:
@@ -156,6 +180,17 @@ class CachedDecoder:
     def takes(self, ids: th.Tensor) -> bool:
         """Say whether the batch has the shape of the one that is held (or none is held)."""
         return self._ids is None or ids.shape == self._shape
+
+    @th.no_grad()
+    def once(self, ids: th.Tensor) -> th.Tensor:
+        """Return each row's last hidden state as `hidden` does, remembering nothing."""
+        self._follow()
+        held = ids[:, 0] == PAD
+        length = lengths(ids).clamp(min=1)
+        ids = ids[:, : int(length.max())].clamp(min=0)
+        states = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        last = states[th.arange(len(ids), device=ids.device), length - 1]
+        return last.masked_fill(held[:, None], 0)
 
     @th.no_grad()
     def hidden(self, ids: th.Tensor) -> th.Tensor:

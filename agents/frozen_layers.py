@@ -10,6 +10,7 @@ from typing import Any
 
 import torch as th
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 
@@ -107,6 +108,19 @@ def shares_frozen(a: PreTrainedModel, b: PreTrainedModel, n_frozen: int) -> bool
         before, layers, _ = _parts(body)
         weights.append([id(p) for part in [*before, *layers[:n_frozen]] for p in part.parameters()])
     return weights[0] == weights[1]
+
+
+def shard_layers(lm: PreTrainedModel) -> None:
+    """Make each layer a group of FSDP2, whose weights are brought together when it runs.
+
+    Raises:
+        ValueError: If the model has no stack of layers.
+    """
+    layers = stack_of(lm.base_model)
+    if layers is None:
+        raise ValueError(f"shard: expected a model with a stack of layers, got {type(lm).__name__}")
+    for layer in layers:
+        fully_shard(layer)
 
 
 def stack_of(body: PreTrainedModel) -> nn.ModuleList | None:

@@ -184,7 +184,8 @@ class _Statistics(th.autograd.Function):
         places: th.Tensor,
         head: Head,
     ) -> tuple[th.Tensor, th.Tensor]:
-        log_prob, entropy = hidden.new_empty(2, len(places), dtype=th.float32)
+        log_prob = hidden.new_empty(len(places), dtype=th.float32)
+        entropy = th.empty_like(log_prob)
         needed = ctx.needs_input_grad[:3]
         slope = th.empty_like(hidden) if needed == (True, False, False) else None
         multiplier = weight.to(head.dtype) if slope is not None else weight

@@ -11,12 +11,19 @@ from typing import TypeAlias
 import torch as th
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from agents.checkpointing import checkpointed_layers
 from agents.decoder import CachedDecoder
-from agents.frozen_layers import go_on_from, round_frozen, run_frozen, shares_frozen
+from agents.frozen_layers import (
+    go_on_from,
+    round_frozen,
+    run_frozen,
+    shard_layers,
+    shares_frozen,
+)
 from agents.heads import Comparison, Head, TokenStatistics, compare, token_statistics
 from agents.lora import has_adapters, merged, without_adapters
 from agents.sequences import PAD, TokenBatch, lengths, one_state_per_row, similar_lengths
@@ -37,6 +44,7 @@ class TokenModel(nn.Module):
             learns and log-probabilities are float32 either way.
         n_frozen: Layers, with all before them, whose states a `TokenBatch` may bring along.
         decoder: What `last_hidden` decodes single tokens with, where that is done.
+        sharded: The weights are split over several processes.
         gradient_checkpointing: Keep no layer's activations for the backward pass, but its input.
     """
 
@@ -47,6 +55,7 @@ class TokenModel(nn.Module):
     dtype: th.dtype = th.float32
     n_frozen: int = 0
     decoder: CachedDecoder
+    sharded: bool = False
     gradient_checkpointing: bool = False
 
     @property
@@ -64,7 +73,9 @@ class TokenModel(nn.Module):
     def hidden_at(self, batch: TokenBatch) -> th.Tensor:
         """Run whole sequences, some of like length at a time; return each token's state, (N, H)."""
         length, states, places = lengths(batch.ids), [], []
-        for rows in similar_lengths(length):
+        # Sharded models run together, and as often on each rank.
+        everything = [th.arange(len(length), device=length.device)]
+        for rows in everything if self.sharded else similar_lengths(length):
             hidden = self._run(batch, rows, int(length[rows].max()))
             within = th.full_like(length, -1)
             within[rows] = th.arange(len(rows), device=rows.device)
@@ -93,8 +104,9 @@ class TokenModel(nn.Module):
             (n, H), and the LM, or the decoder's copy of it.
         """
         ids = obs.long()
-        if not th.is_grad_enabled() and self.decoder.takes(ids):
-            return self.decoder.hidden(ids), self.decoder.lm
+        if not th.is_grad_enabled():
+            decode = self.decoder.hidden if self.decoder.takes(ids) else self.decoder.once
+            return decode(ids), self.decoder.lm
         held = ids[:, 0] == PAD
         if bool(held.any()):
             ids = ids.clone()
@@ -155,7 +167,7 @@ class Reference(TokenModel):
             policy: What it is compared with.
         """
         super().__init__()
-        self.shares_base = lm is policy.lm
+        self.shares_base = lm is policy.lm and has_adapters(lm)
         if self.shares_base:
             self.__dict__["lm"] = lm  # not a part of this module: its parameters are the policy's
         else:
@@ -168,6 +180,14 @@ class Reference(TokenModel):
         if not self.shares_base:
             self.requires_grad_(False).eval()
             round_frozen(self.lm, self.dtype)
+
+    def shard(self) -> None:
+        """Split the weights over the ranks, by FSDP2."""
+        self.lm.float()  # a group of FSDP2 has one dtype
+        shard_layers(self.lm)
+        fully_shard(self, reshard_after_forward=False)
+        register_fsdp_forward_method(self, "hidden_at")
+        self.sharded, self.n_frozen = True, 0
 
     def _run(self, batch: TokenBatch, rows: th.Tensor, longest: int) -> th.Tensor:
         """Run some sequences, as the policy's model does, but without its adapters."""

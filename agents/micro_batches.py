@@ -23,19 +23,19 @@ def evaluate_in_parts(
     evaluate: Evaluate,
     batch: TokenBatch,
     actions: th.Tensor,
-    size: int,
+    n_parts: int,
     unsynchronised: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Outputs:
-    """Return `evaluate(batch, actions)`, with the activations of `size` tokens at a time.
+    """Return `evaluate(batch, actions)`, with the activations of one part of it at a time.
 
     Args:
         evaluate: Maps sequences and tokens to values (N, 1), log-probabilities and entropies (N,).
         batch: N tokens' sequences.
         actions: (N,) tokens.
-        size: Tokens of a part, about: whole sequences.
+        n_parts: How many parts of nearly equally many tokens, in whole sequences.
         unsynchronised: Entered for the backward pass of all parts but the last: for DDP.
     """
-    parts = split(batch, size)
+    parts = split(batch, n_parts)
     if len(parts) == 1 or not th.is_grad_enabled():
         return evaluate(batch, actions)
     anchor = th.zeros((), device=actions.device, requires_grad=True)

@@ -4,8 +4,8 @@ It knows observations (token ids) and tokens, and nothing of prompts, scores or 
 Stock SB3 A2C and PPO run with it as TokenPPO does.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,19 +15,20 @@ from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from agents.checkpointing import prepare_checkpointing
 from agents.decoder import CachedDecoder
-from agents.frozen_layers import count_frozen, freeze_below, round_frozen
+from agents.frozen_layers import count_frozen, freeze_below, round_frozen, shard_layers
 from agents.heads import Head, log_prob_of, mask_logits_, sample
 from agents.language_model import LM, TokenModel, check_positions, load_lm
 from agents.lora import add_adapters
 from agents.masks import ActionMasks
 from agents.micro_batches import Evaluate, evaluate_in_parts
 from agents.packed import PackedLinear, can_pack
-from agents.ranks import gather_tokens
-from agents.sequences import PAD, TokenBatch, one_state_per_row
+from agents.ranks import gather, gather_tokens, least, whole
+from agents.sequences import PAD, TokenBatch, n_minibatches, one_state_per_row
 from agents.value_network import ValueNetwork
 
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -145,11 +146,49 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             if model is not None:
                 prepare_checkpointing(model.lm)
                 model.gradient_checkpointing = True
+        self._make_optimizer(lr_schedule(1))
+
+    def _make_optimizer(self, learning_rate: float) -> None:
+        """Make an optimizer of what learns."""
         trainable = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = optimizer_class(  # type: ignore[call-arg]
-            trainable, lr=lr_schedule(1), **self.optimizer_kwargs
+        self.optimizer = self.optimizer_class(  # type: ignore[call-arg]
+            trainable, lr=learning_rate, **self.optimizer_kwargs
         )
         self._watch_optimizer()
+
+    def shard(self) -> None:
+        """Split weights, gradients and optimizer state over the ranks, by FSDP2.
+
+        Rows are decoded with a whole copy of the weights, in `dtype`, which `gather` brings up to
+        date.
+        """
+        models = [m for m in (self, self.value_network) if m is not None]
+        for model in models:
+            model.lm.float()  # a group of FSDP2 has one dtype
+            model.decoder.prepare_to_gather()
+        for model in models:
+            shard_layers(model.lm)
+            model.sharded, model.n_frozen = True, 0
+        fully_shard(self, reshard_after_forward=False)
+        for name in ("evaluate", "compare"):
+            register_fsdp_forward_method(self, name)
+        self._make_optimizer(self.optimizer.param_groups[0]["lr"])
+        self.run_through(self.evaluate, self._unreduced)
+        self.gather()
+
+    @contextmanager
+    def _unreduced(self) -> Iterator[None]:
+        self.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.set_requires_gradient_sync(True)
+
+    def gather(self) -> None:
+        """Bring what rows are decoded with up to date with sharded weights; by all ranks."""
+        self.decoder.gather()
+        if self.value_network is not None:
+            self.value_network.decoder.gather()
 
     def _watch_optimizer(self) -> None:
         """Check gradients before each of the optimizer's steps; forget what was decoded after."""
@@ -289,9 +328,11 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         """
         batch = obs if isinstance(obs, TokenBatch) else one_state_per_row(obs)
         actions = actions.long()
-        size = self.micro_batch_size or len(actions)
+        n_parts = n_minibatches(len(actions), self.micro_batch_size or len(actions))
+        if self.sharded:
+            n_parts = min(max(gather([n_parts])), least(len(batch.ids)))
         values, log_prob, entropy = evaluate_in_parts(
-            self._evaluate, batch, actions, size, self._unsynchronised
+            self._evaluate, batch, actions, n_parts, self._unsynchronised
         )
         if not bool(th.isfinite(log_prob).all() & th.isfinite(values).all()):
             raise FloatingPointError(
@@ -408,7 +449,7 @@ def require_finite_gradients(optimizer: th.optim.Optimizer, *_: object) -> None:
     gradients = [
         p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
     ]
-    norm = th.nn.utils.get_total_norm(gradients)
+    norm = whole(th.nn.utils.get_total_norm(gradients))
     if not bool(th.isfinite(norm)):
         raise FloatingPointError(
             f"the gradient's norm is {float(norm)}; no parameter was changed by this minibatch: "

@@ -15,7 +15,7 @@ import torch as th
 import torch.distributed as dist
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import get_device
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 PATIENCE = timedelta(hours=12)
@@ -35,6 +35,12 @@ def connect(device: th.device | str) -> None:
     if on_gpu:
         th.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+
+
+def disconnect() -> None:
+    """Part from the other processes, if connected."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world_size() -> int:
@@ -116,13 +122,33 @@ def whole(tree: Any) -> Any:
     return tree_map(unshard, tree)
 
 
+def shard_like(state: dict[str, Any], parameters: list[th.Tensor]) -> dict[str, Any]:
+    """Cut an optimizer's whole state, as of `state_dict()`, as its parameters are cut."""
+    cut = {}
+    for i, parameter in enumerate(parameters):
+        cut[i] = {
+            key: distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            if isinstance(parameter, DTensor) and value.shape == parameter.shape
+            else value
+            for key, value in state["state"].get(i, {}).items()
+        }
+    return {**state, "state": {i: values for i, values in cut.items() if values}}
+
+
+STOP, GO_ON, HELP = 0, 1, 2
+
+
 class OneForAll(BaseCallback):
-    """Calls callbacks on rank 0 alone; at each call the other ranks wait, to go on or to stop."""
+    """Calls callbacks on rank 0 alone; at each call the other ranks wait for its word.
+
+    The word is to go on, to stop training, or, of sharded models, to help with gathering what a
+    callback wants to save.
+    """
 
     def __init__(self, callback: BaseCallback | None) -> None:
         """Wrap `callback`; None on ranks other than 0."""
         super().__init__()
-        self.callback = callback
+        self.callback, self.busy = callback, False
 
     def _init_callback(self) -> None:
         if self.callback is not None:
@@ -149,7 +175,26 @@ class OneForAll(BaseCallback):
             self.callback.update_locals(locals_)
 
     def _meet(self, call: Callable[[BaseCallback], Any]) -> bool:
-        going_on = self.callback is None or call(self.callback) is not False
-        word = th.tensor([going_on], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.broadcast(word, 0)
-        return bool(word)
+        if self.callback is None:
+            while (word := _pass_on(STOP)) == HELP:
+                self.model.get_parameters()
+            return word == GO_ON
+        self.busy = True
+        try:
+            going_on = call(self.callback) is not False
+        finally:
+            self.busy = False
+        _pass_on(GO_ON if going_on else STOP)
+        return going_on
+
+    def ask_for_help(self) -> None:
+        """Let the other ranks gather the model's parameters with rank 0, if they wait for it."""
+        if self.busy:
+            _pass_on(HELP)
+
+
+def _pass_on(word: int) -> int:
+    """Give rank 0's word to all; return it."""
+    said = th.tensor([word], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(said, 0)
+    return int(said)

@@ -113,11 +113,10 @@ Part = tuple[TokenBatch, th.Tensor]
 """Some sequences of a batch, and the packed places (n,) of their tokens in it."""
 
 
-def split(batch: TokenBatch, size: int) -> list[Part]:
-    """Cut a batch into parts of about `size` tokens: whole sequences, of like lengths together."""
+def split(batch: TokenBatch, n_parts: int) -> list[Part]:
+    """Cut a batch into parts of about equally many tokens: whole sequences, by length."""
     order = lengths(batch.ids).argsort(stable=True)
     n_tokens = th.bincount(batch.row, minlength=len(batch.ids))
-    n_parts = n_minibatches(len(batch.row), size)
     dealt = deal(order.cpu().numpy(), n_tokens.cpu().numpy(), n_parts)
     return [take(batch, th.from_numpy(part).to(batch.ids.device)) for part in dealt]
 

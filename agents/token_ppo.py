@@ -4,6 +4,7 @@ The loop, the loss and the callbacks are SB3's. What is added is the reference m
 penalty on its divergence, and what a rollout of text can tell.
 """
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +16,11 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from agents import ranks
@@ -69,6 +72,7 @@ class TokenPPO(PPO):
     _current_progress_remaining: float
     _collecting = False
     _num_timesteps = 0
+    _alone: ranks.OneForAll | None = None
 
     def __init__(
         self,
@@ -105,6 +109,7 @@ class TokenPPO(PPO):
         ref_lm: LM | None = None,
         whole_episodes: bool = False,
         value_warmup: int = 0,
+        shard: bool = False,
     ) -> None:
         """Set up training; SB3's arguments mean what they mean in SB3, with these differences.
 
@@ -145,6 +150,8 @@ class TokenPPO(PPO):
                 per row, and `n_steps` must be as long as the longest.
             value_warmup: Rollouts at the start from which the value learns alone: the policy, and
                 what it shares with the value, stays as it is.
+            shard: With several processes, split weights, gradients and optimizer state over them
+                (FSDP2) rather than keep a copy in each (DDP).
 
         Raises:
             ValueError: If an argument is out of range or the policy has no `lm`.
@@ -156,6 +163,9 @@ class TokenPPO(PPO):
         if value_warmup < 0:
             raise ValueError(f"expected value_warmup >= 0 rollouts, got {value_warmup}")
         ranks.connect(device)
+        self.shard = shard
+        if shard and ranks.world_size() == 1:
+            raise ValueError("expected several processes with shard=True: start them with torchrun")
         self.kl = KLController(kl_coef, target_ref_kl, kl_horizon)
         self.ref_lm = ref_lm
         self.reference: Reference | None = None
@@ -200,10 +210,12 @@ class TokenPPO(PPO):
     def _setup_model(self) -> None:
         """Build buffer and policy as SB3 does, then the reference."""
         super()._setup_model()
+        self.shard = self.shard and ranks.world_size() > 1  # saved by several, loaded by one
         ranks.copy_from_first(self.policy)
         if ranks.rank() > 0:
             self.set_logger(Logger(None, []))
         self.rollout_buffer.before_advantages = self._finish_rollout
+        self.rollout_buffer.in_step = self.shard
         if self.env is not None:
             self._allow_tokens_of(self.env)
         if self.kl.coef > 0 or self.ref_lm is not None:
@@ -215,7 +227,7 @@ class TokenPPO(PPO):
             if self.ref_lm is None and has_adapters(self.policy.lm):
                 lm = self.policy.lm
             elif self.ref_lm is None:
-                lm = frozen_copy(self.policy.lm)
+                lm = copy.deepcopy(self.policy.lm) if self.shard else frozen_copy(self.policy.lm)
             else:
                 lm = load_lm(self.ref_lm, self.policy.vocab_size)
             self.reference = Reference(lm, self.policy).to(self.device)
@@ -230,12 +242,22 @@ class TokenPPO(PPO):
             self._connect_policy()
 
     def _connect_policy(self) -> None:
-        """Let gradients be averaged over the ranks: by DDP, around what the update calls."""
-        evaluation = DistributedDataParallel(
-            Evaluation(self.policy),
-            broadcast_buffers=False,
-            find_unused_parameters=self.value_warmup > 0,  # most, while the value learns alone
-        )
+        """Let gradients be averaged over the ranks: by FSDP2, or DDP around what is called."""
+        if self.shard:
+            if has_adapters(self.policy.lm):
+                raise ValueError("expected lora or shard, got both: adapters need no sharding")
+            self.policy.shard()
+            if self.reference is not None:
+                self.reference.shard()
+            return
+        with warnings.catch_warnings():
+            # The word that the newest torch wants instead is one that others do not know.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            evaluation = DistributedDataParallel(
+                Evaluation(self.policy),
+                broadcast_buffers=False,
+                find_unused_parameters=self.policy.value_only,  # most of them
+            )
         self.policy.run_through(evaluation.__call__, evaluation.no_sync)
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -305,13 +327,15 @@ class TokenPPO(PPO):
             callback = [*made, TokenProgressBar()]
         if ranks.world_size() > 1:
             alone = None if ranks.rank() > 0 else super()._init_callback(callback)
-            callback = ranks.OneForAll(alone)
+            callback = self._alone = ranks.OneForAll(alone)
         return super()._init_callback(callback)
 
     def train(self) -> None:
         """Update the policy by SB3's `train`, whose explained variance would count held rows."""
-        self.policy.value_only = self._n_updates < self.value_warmup * self.n_epochs
+        self._set_value_only()
         super().train()
+        if self.shard:
+            self.policy.gather()
         buffer = self.rollout_buffer
         trained = buffer.lengths > 0
         explained = explained_variance(
@@ -321,6 +345,14 @@ class TokenPPO(PPO):
             )
         )
         self.logger.record("train/explained_variance", explained)
+
+    def _set_value_only(self) -> None:
+        """Let the value learn alone in the first updates, if it is to."""
+        value_only = self._n_updates < self.value_warmup * self.n_epochs
+        if value_only != self.policy.value_only:
+            self.policy.value_only = value_only
+            if ranks.world_size() > 1 and not self.shard:
+                self._connect_policy()
 
     def _require_long_rollouts(self, env: VecEnv) -> None:
         """Refuse rollouts that would cut episodes, for the next one to throw them away."""
@@ -398,7 +430,7 @@ class TokenPPO(PPO):
             the policy need not be run again there.
         """
         policy, reference, buffer = self.policy, self.reference, self.rollout_buffer
-        rounded = policy.dtype != th.float32
+        rounded = policy.dtype != th.float32 or self.shard  # of a copy, or of it all on each rank
         ref_log_probs = np.zeros_like(buffer.log_probs)
         exact: list[th.Tensor] = []
         if reference is None and not rounded:
@@ -408,8 +440,7 @@ class TokenPPO(PPO):
         for batch, index in buffer.batches(twice, self.batch_size):
             at, actions = tuple(index), buffer.to_torch(buffer.actions[tuple(index)]).long()
             if reference is None:
-                hidden = policy.hidden_at(batch)
-                log_prob = policy.token_statistics(batch, hidden, actions).log_prob
+                _, log_prob, _ = policy.evaluate(batch, actions)
             else:
                 log_prob, ref_log_prob, kl = policy.compare(batch, actions, reference)
                 exact.append(kl)
@@ -417,7 +448,7 @@ class TokenPPO(PPO):
             if rounded:
                 buffer.log_probs[at] = log_prob.cpu().numpy()
         once = order[:0] if rounded else np.delete(order, np.s_[::PROBED])
-        if reference is not None and len(once):
+        if reference is not None:
             for batch, index in buffer.batches(once, self.batch_size):
                 at, actions = tuple(index), buffer.to_torch(buffer.actions[tuple(index)]).long()
                 hidden = reference.hidden_at(batch)
@@ -463,14 +494,53 @@ class TokenPPO(PPO):
                 share = reasons.count(reason) / len(reasons)
                 self.logger.record(f"rollout/finish_{reason}", share)
 
+    def get_parameters(self) -> dict[str, dict]:
+        """Return SB3's state dicts; whole ones of a sharded model, on all ranks at once."""
+        if not self.shard:
+            return super().get_parameters()
+        if self._alone is not None:
+            self._alone.ask_for_help()
+        return ranks.whole(super().get_parameters())
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, dict],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """Set SB3's state dicts; whole ones of a sharded model, on all ranks at once."""
+        if not self.shard:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+            return
+        states = load_path_or_dict
+        if not isinstance(states, dict):
+            _, states, _ = load_from_zip_file(states, device=self.device)
+        options = StateDictOptions(full_state_dict=True)
+        for name, state in states.items():
+            part = recursive_getattr(self, name)
+            if isinstance(part, th.optim.Optimizer):
+                parameters = [p for group in part.param_groups for p in group["params"]]
+                part.load_state_dict(ranks.shard_like(state, parameters))
+            else:
+                set_model_state_dict(part, state, options=options)
+        self.policy.gather()
+
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
-        """Save as SB3 does; with several ranks, rank 0 does it."""
+        """Save as SB3 does; with several ranks, rank 0 does it (all must call it, if sharded)."""
         if ranks.rank() == 0:
             super().save(path, exclude, include)
+        elif self.shard:
+            self.get_parameters()
 
     def _excluded_save_params(self) -> list[str]:
         """Keep models and text out of SB3's pickled part."""
-        return [*super()._excluded_save_params(), "reference", "finished_episodes", "_collecting"]
+        return [
+            *super()._excluded_save_params(),
+            "reference",
+            "finished_episodes",
+            "_collecting",
+            "_alone",
+        ]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         """Save the reference's weights too, if nothing else could bring them back."""

@@ -18,6 +18,7 @@ from text_env import TextVecEnv
 
 N_ROWS = 6
 PROMPTS = [">" * (1 + i % 5) + "abcdef"[i % 6] for i in range(30)]
+SHARD = int(os.environ.get("WORLD_SIZE", "1")) > 1
 LORA = {"r": 4, "lora_alpha": 8}
 
 
@@ -83,7 +84,10 @@ class Recorder(BaseCallback):
 
     def _on_training_end(self) -> None:
         self.rows.append(dict(self.logger.name_to_value))
-        numbers = [{k: v for k, v in r.items() if isinstance(v, int | float)} for r in self.rows]
+        numbers = [
+            {k: v for k, v in r.items() if isinstance(v, int | float | np.floating)}
+            for r in self.rows
+        ]
         numbers = json.loads(json.dumps(numbers, default=float))
         facts = {"rows": numbers, "steps": self.steps, "tokens": self.model.num_timesteps}
         facts["episodes"] = [
@@ -117,6 +121,43 @@ def train(folder: Path, **changes) -> None:
     th.save(weights, folder / f"weights-{mine}.pt")
     th.save(th.cat([g.flatten() for g in gradients]), folder / f"gradients-{mine}.pt")
     model.save(folder / "model.zip")
+
+
+class Look(BaseCallback):
+    """Rank 0 alone uses and saves a sharded model, in the middle of a rollout."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.found = folder, {}
+
+    def _on_step(self) -> bool:
+        if self.n_calls in (3, 12):
+            obs = np.full((1, self.model.observation_space.shape[0]), -1)
+            obs[0, :3] = [6, 0, 1]
+            self.found[self.n_calls] = self.model.policy.predict(obs, deterministic=True)[
+                0
+            ].tolist()
+            self.model.save(self.folder / f"within-{self.n_calls}.zip")
+        return True
+
+
+def look(folder: Path) -> None:
+    """A sharded model is used, saved and loaded again."""
+    agents.policy.sample = choose
+    model = make_model(shard=SHARD, policy_kwargs={"dtype": "float32"})
+    callback = Look(folder)
+    model.learn(2 * N_ROWS * 5, callback=callback)
+    model.save(folder / "model.zip")
+    weights = flat(model)
+    again = make_model(shard=SHARD)
+    again.set_parameters(str(folder / "model.zip"), device="cpu")
+    assert th.equal(flat(again), weights)
+    state = ranks.whole(again.policy.optimizer.state_dict()["state"])
+    old = ranks.whole(model.policy.optimizer.state_dict()["state"])
+    assert len(state) == len(old) > 0
+    assert all(th.equal(state[i]["exp_avg"], old[i]["exp_avg"]) for i in old)
+    again.learn(N_ROWS * 5, reset_num_timesteps=False)
+    (folder / f"found-{ranks.rank()}.json").write_text(json.dumps(callback.found))
 
 
 class StopEarly(BaseCallback):
@@ -164,6 +205,19 @@ TASKS = {
     "warmup": lambda f: train(f, value_warmup=1, policy_kwargs={"value_lm": tiny_llama(9, seed=4)}),
     "lora": lambda f: train(f, policy_kwargs={"lora": LORA}),
     "several": lambda f: train(f, batch_size=16, target_kl=1e-3, learning_rate=3e-2),
+    "shard": lambda f: train(f, shard=SHARD),
+    "shard-all": lambda f: train(
+        f,
+        shard=SHARD,
+        value_warmup=1,
+        policy_kwargs={
+            "value_lm": tiny_llama(9, seed=4),
+            "trainable_layers": 1,
+            "micro_batch_size": 8,
+            "gradient_checkpointing": True,
+        },
+    ),
+    "look": look,
     "stop": stop,
     "kill": lambda f: die(f, "kill"),
     "raise": lambda f: die(f, "raise"),
@@ -177,6 +231,7 @@ def main() -> None:
         np.random.seed(0)
         (folder / task).mkdir(parents=True, exist_ok=True)
         TASKS[task](folder / task)
+    ranks.disconnect()
 
 
 if __name__ == "__main__":

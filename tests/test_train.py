@@ -309,3 +309,35 @@ def test_the_default_data(tmp_path) -> None:
         for name in ("prompts", "test_prompts")
     ]
     assert min(map(len, prompts)) > 300 and not prompts[0] & prompts[1]
+
+
+@pytest.mark.xdist_group("ranks")
+def test_several_processes_do_the_whole_job(own, tmp_path) -> None:
+    """Two processes: PPO on both, the other stages on the first, one run folder."""
+    run = tmp_path / "run"
+    line = (
+        f"run --run {run} --device cpu --dtype float32 "
+        f"--sft.model {own}/lm --sft.texts {own}/texts.txt --sft.max_steps 2 "
+        f"--reward.model {own}/encoder --reward.feedback {own}/feedback.jsonl --reward.epochs 1 "
+        f"--reward.judge_feedback {own}/feedback.jsonl --ppo.prompts {own}/prompts.txt "
+        "--ppo.total_timesteps 300 --ppo.n_envs 16 --ppo.max_new_tokens 8 --ppo.min_new_tokens 1 "
+        "--ppo.batch_size 64 --ppo.lora_rank 4 --ppo.value_network true --ppo.value_warmup 1 "
+        f"--evaluate.prompts {own}/prompts.txt --evaluate.best_of 1"
+    )
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--",
+    ]
+    command = [*start, str(ROOT / "train.py"), *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("== ppo") == 1 and done.stdout.count("== evaluate") == 1
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert all(row["rollout/episodes"] == 16 for row in rows)
+    AutoModelForCausalLM.from_pretrained(run / "policy")
+    assert (run / "report.md").exists() and not list(run.glob("*.unfinished"))

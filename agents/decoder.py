@@ -134,7 +134,7 @@ class CachedDecoder:
 
     def prepare_to_gather(self) -> None:
         """Make the copy that `gather` fills, before the model's weights are sharded."""
-        self._copy = self._copied().requires_grad_(False)
+        self._copy = self._copied(shared=False).requires_grad_(False)
         self._sharded = True
 
     @th.no_grad()
@@ -145,13 +145,13 @@ class CachedDecoder:
         for new, old in zip(self._source.parameters(), self._copy.parameters(), strict=True):
             old.copy_(whole(new))
 
-    def _copied(self) -> PreTrainedModel:
+    def _copied(self, shared: bool = True) -> PreTrainedModel:
         """Copy the model in the decoder's dtype. Buffers keep theirs: positions need it."""
         # Told what each parameter's copy is, deepcopy makes none in full precision; what has
-        # the dtype already is shared.
+        # the dtype already may be shared.
         small = {
             id(p): p
-            if p.dtype == self._dtype and not p.requires_grad
+            if shared and p.dtype == self._dtype
             else th.nn.Parameter(p.detach().to(self._dtype, copy=True), requires_grad=False)
             for p in self._source.parameters()
         }

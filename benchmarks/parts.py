@@ -62,5 +62,5 @@ def memory(dtype: str = "float32") -> None:
 
 
 if __name__ == "__main__":
-    {"environment": environment, "memory": memory}[sys.argv[1]](*sys.argv[2:])
+    environment() if sys.argv[1] == "environment" else memory(*sys.argv[2:])
     say(machine(os.cpu_count() or 1))

@@ -5,7 +5,8 @@
 
 Each peer lives in a process of its own and does one iteration when it is its turn, so that all
 see the same minutes of a noisy machine; ratios are taken round by round, to the bare loop of the
-same round. Writes throughput.json, throughput.md and throughput.png.
+same round. A few peers at a time, so that they fit in memory together: each such group has a bare
+loop of its own. Writes throughput.json, throughput.md and throughput.png.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import platform
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import nan
 from multiprocessing.connection import Connection
@@ -39,6 +41,8 @@ PEERS = (
     "TRL RLOO",
 )
 BASE = "bare loop"
+AT_ONCE = 3
+"""Peers that take turns with a bare loop."""
 
 
 @dataclass
@@ -47,11 +51,13 @@ class Found:
 
     Args:
         timings: a timing per round; round 0, the warm-up, counts where it is the only one.
+        ratios: speed over the bare loop's in the same round, where the peer was measured with one.
         memory: peak resident memory above the imports, bytes.
         error: why there is nothing, if so.
     """
 
     timings: dict[int, Timing] = field(default_factory=dict)
+    ratios: list[float] = field(default_factory=list)
     memory: int = 0
     error: str | None = None
 
@@ -124,7 +130,7 @@ def measure(
     for number in range(rounds + 1):
         for peer, pipe in list(pipes.items()):
             say(f"{workload}, round {number} of {rounds}: {peer}", end="          \r")
-            pipe.send(True)
+            tell(pipe, True)
             answer = take(pipe, found[peer])
             if not answer:
                 del pipes[peer]
@@ -132,21 +138,49 @@ def measure(
             timing, found[peer].memory = answer
             found[peer].timings[number] = timing
             if number == 0 and timing.seconds > patience:
-                pipes.pop(peer).send(False)
+                tell(pipes.pop(peer), False)
     for pipe in pipes.values():
-        pipe.send(False)
+        tell(pipe, False)
     for process in processes:
         process.join(timeout=10)
         process.kill()
+    compare(found)
     return found
+
+
+def compare(found: dict[str, Found]) -> None:
+    """Fill in the ratios to the bare loop that took turns with the others."""
+    base = found[BASE].timings if BASE in found else {}
+    for other in found.values():
+        pairs = [(mine, base[r]) for r, mine in other.counted().items() if r in base]
+        other.ratios = [speed(mine) / speed(bare) for mine, bare in pairs]
+
+
+def tell(pipe: Connection, go_on: bool) -> None:
+    """Tell a worker to do an iteration, or to stop; one that has died hears nothing."""
+    with suppress(OSError):
+        pipe.send(go_on)
+
+
+def measure_in_groups(
+    workload: str, peers: Sequence[str], rounds: int, threads: int, patience: float
+) -> dict[str, Found]:
+    """Do `measure` for a few peers at a time, each time with the bare loop if it takes part."""
+    base = [BASE] if BASE in peers else []
+    others = [peer for peer in peers if peer != BASE]
+    groups = [others[i : i + AT_ONCE] for i in range(0, len(others), AT_ONCE)] or [[]]
+    found: dict[str, Found] = {}
+    for group in groups:
+        found = measure(workload, [*base, *group], rounds, threads, patience) | found
+    return {peer: found[peer] for peer in peers}
 
 
 def take(pipe: Connection, found: Found) -> Any:
     """Receive what a worker has to say; note an error, or its death, and return None then."""
     try:
         answer = pipe.recv()
-    except EOFError:
-        answer = "the process died"
+    except (EOFError, OSError):
+        answer = "the process died: out of memory?"
     if isinstance(answer, str):
         found.error = answer
         return None
@@ -155,10 +189,7 @@ def take(pipe: Connection, found: Found) -> Any:
 
 def ratio(found: dict[str, Found], peer: str) -> float:
     """Return the median over the rounds of a peer's speed over the bare loop's."""
-    base = found.get(BASE, Found()).timings
-    mine = found[peer].counted()
-    pairs = [speed(timing) / speed(base[r]) for r, timing in mine.items() if r in base]
-    return median(pairs) if pairs else nan
+    return middle(found[peer].ratios)
 
 
 def speed(timing: Timing) -> float:
@@ -267,7 +298,7 @@ def main() -> None:
         # Where no completion ends early, none is cut.
         same = [p.replace(", cut episodes", "") for p in chosen.peers]
         peers = chosen.peers if workload == "variable" else list(dict.fromkeys(same))
-        found = measure(workload, peers, chosen.rounds, chosen.threads, chosen.patience)
+        found = measure_in_groups(workload, peers, chosen.rounds, chosen.threads, chosen.patience)
         results[workload] = found
         parts += [f"## {workload}", table(found)]
         say(f"\n{workload}\n{table(found)}\n")
@@ -279,6 +310,7 @@ def main() -> None:
         workload: {
             peer: {
                 "timings": {r: t._asdict() for r, t in f.timings.items()},
+                "ratios": f.ratios,
                 "memory": f.memory,
                 "error": f.error,
             }

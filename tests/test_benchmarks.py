@@ -10,7 +10,7 @@ import torch as th
 
 from benchmarks.bare_loop import BareLoop
 from benchmarks.peers import count_tokens, steps_per_row
-from benchmarks.throughput import Found, ratio, table
+from benchmarks.throughput import Found, compare, ratio, table
 from benchmarks.timing import Timing
 from benchmarks.workloads import WORKLOADS
 
@@ -36,6 +36,7 @@ def test_ratios_are_taken_round_by_round() -> None:
         "stock SB3 PPO": Found({0: Timing(10, 90.0, 50.0, 40.0)}),
         "TRL GRPO": Found(error="ImportError: no trl"),
     }
+    compare(found)
     assert ratio(found, "TokenPPO") == 2
     assert ratio(found, "stock SB3 PPO") == pytest.approx(0.1)
     assert "| stock SB3 PPO (first iteration only) |" in table(found)

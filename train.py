@@ -313,6 +313,8 @@ def ppo(common: Common, settings: PPO) -> None:
     from text_env import TextVecEnv
     from text_env.vocabulary import load_tokenizer
 
+    if process_number() == 0 and settings.prompts is None:
+        data(common)  # made by one, read by all
     ranks.connect(common.device)  # others than the first wait here for the stages before
     common.run = ranks.gather([common.run])[0]
     n_processes, first = ranks.world_size(), ranks.rank() == 0
@@ -675,9 +677,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""The variable by which torchrun makes itself known."""
+
+
 def process_number() -> int:
     """Return which of the processes that torchrun started this is; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if {"RANK", TORCHRUN} <= os.environ.keys() else 0
 
 
 def on_first_process(function: Callable[..., None], *arguments: Any) -> None:
@@ -685,6 +691,7 @@ def on_first_process(function: Callable[..., None], *arguments: Any) -> None:
     if process_number() > 0:
         return
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = (TORCHRUN, *names)
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         function(*arguments)
@@ -1131,7 +1138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RLHF_GYM_DEBUG"):
             raise
         message = " ".join(str(error).split())
-        which = f" in process {process_number()}" if "RANK" in os.environ else ""
+        which = f" in process {process_number()}" if TORCHRUN in os.environ else ""
         print(f"train.py {name}: error{which}: {message}", file=sys.stderr)
         print("(RLHF_GYM_DEBUG=1 shows where)", file=sys.stderr)
         return 1

@@ -174,7 +174,7 @@ class TokenRolloutBuffer(RolloutBuffer):
         order = np.random.permutation(len(self.segments))
         n_tokens = int(ranks.total(self.n_tokens))
         n_parts = n_minibatches(n_tokens, batch_size or n_tokens)
-        for batch, index in self._batches(order, ranks.least(min(n_parts, len(order)))):
+        for batch, index in self._batches(order, ranks.agree_on_parts(n_parts, len(order))):
             at = tuple(index)
             packed = [
                 self.to_torch(array[at])
@@ -198,7 +198,7 @@ class TokenRolloutBuffer(RolloutBuffer):
         n_tokens = sum(self.segments[i].n_tokens for i in order)
         n = n_minibatches(n_tokens, batch_size)
         if self.in_step:
-            n = min(ranks.gather([n])[0], ranks.least(len(order)))
+            n = ranks.agree_on_parts(n, len(order))
         yield from self._batches(order, n)
 
     def _batches(self, order: np.ndarray, n: int) -> Iterator[tuple[TokenBatch, np.ndarray]]:

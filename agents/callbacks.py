@@ -114,18 +114,11 @@ class SavePretrainedCallback(BaseCallback):
         lm = merged(policy.lm) if self.merge and has_adapters(policy.lm) else policy.lm
         if lm.generation_config is not None:  # what `generate` then samples from
             lm.generation_config.update(do_sample=True, temperature=policy.temperature)
+        weights = self.model.gather_parameters(lm_only=True) if policy.sharded else None
         with replaced_folder(self.path) as folder:
-            lm.save_pretrained(folder, state_dict=whole_state(self.model, "lm."))
+            lm.save_pretrained(folder, state_dict=weights)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
-
-
-def whole_state(model: Any, prefix: str) -> dict[str, Any] | None:
-    """Gather a part of a sharded policy's weights; None of one that is whole already."""
-    if not model.policy.sharded:
-        return None
-    weights = model.get_parameters()["policy"]
-    return {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
 
 
 class TokenProgressBar(ProgressBarCallback):

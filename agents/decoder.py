@@ -157,6 +157,11 @@ class CachedDecoder:
         }
         return copy.deepcopy(self._source, small)
 
+    def _notice(self) -> None:
+        """Forget what was made of weights that have been written to since."""
+        if self._watched and sum(p._version for p in self._watched) != self._version:
+            self.forget()
+
     def _follow(self) -> None:
         """Copy the weights as they are now, if they are to be copied."""
         if self._sharded:
@@ -184,6 +189,7 @@ class CachedDecoder:
     @th.no_grad()
     def once(self, ids: th.Tensor) -> th.Tensor:
         """Return each row's last hidden state as `hidden` does, remembering nothing."""
+        self._notice()
         self._follow()
         held = ids[:, 0] == PAD
         length = lengths(ids).clamp(min=1)
@@ -202,8 +208,7 @@ class CachedDecoder:
         Returns:
             (n_rows, H), the hidden state at each row's last token; 0 for a held row.
         """
-        if self._watched and sum(p._version for p in self._watched) != self._version:
-            self.forget()
+        self._notice()
         live = ids[:, 0] != PAD
         rows = live.nonzero()[:, 0]
         if len(rows) == 0:

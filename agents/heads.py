@@ -163,7 +163,8 @@ def token_statistics(hidden: th.Tensor, tokens: th.Tensor, head: Head) -> TokenS
         `TokenStatistics`, both (N,) float32; differentiable in `hidden` and the head's weight.
     """
     places = head.places(tokens)
-    return TokenStatistics(*_Statistics.apply(hidden, head.weight, head.bias, places, head))
+    learns = th.is_grad_enabled()
+    return TokenStatistics(*_Statistics.apply(hidden, head.weight, head.bias, places, head, learns))
 
 
 class _Statistics(th.autograd.Function):
@@ -183,10 +184,11 @@ class _Statistics(th.autograd.Function):
         bias: th.Tensor | None,
         places: th.Tensor,
         head: Head,
+        learns: bool,
     ) -> tuple[th.Tensor, th.Tensor]:
         log_prob = hidden.new_empty(len(places), dtype=th.float32)
         entropy = th.empty_like(log_prob)
-        needed = ctx.needs_input_grad[:3]
+        needed = ctx.needs_input_grad[:3] if learns else ()  # it says True under no_grad too
         slope = th.empty_like(hidden) if needed == (True, False, False) else None
         multiplier = weight.to(head.dtype) if slope is not None else weight
         small = len(places) * len(weight) * head.dtype.itemsize <= KEPT_BYTES
@@ -217,7 +219,7 @@ class _Statistics(th.autograd.Function):
         head: Head = ctx.head
         explores = bool(d_entropy.any())
         if slope is not None and not explores:
-            return (d_log_prob[:, None] * slope).to(hidden.dtype), None, None, None, None
+            return (d_log_prob[:, None] * slope).to(hidden.dtype), *[None] * 5
         d_hidden = th.empty_like(hidden)
         learns, shifts = ctx.needs_input_grad[1:3]
         d_weight = th.zeros_like(weight, dtype=th.float32) if learns else None
@@ -246,7 +248,7 @@ class _Statistics(th.autograd.Function):
                 d_weight += d_logits.T @ hidden[part].to(head.dtype)
         d_weight = d_weight if d_weight is None else d_weight.to(weight.dtype)
         d_bias = d_bias if d_bias is None else d_bias.to(bias.dtype)
-        return d_hidden, d_weight, d_bias, None, None
+        return d_hidden, d_weight, d_bias, None, None, None
 
 
 class Comparison(NamedTuple):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch as th
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +30,8 @@ def add_adapters(
 
     Raises:
         ImportError: If peft is not installed.
-        ValueError: If peft refuses the settings, or the head would be adapted.
+        ValueError: If peft refuses the settings, or if the model without its adapters would not
+            stay what it is.
     """
     config_class = _peft().LoraConfig
     settings = dict(settings)
@@ -41,12 +43,31 @@ def add_adapters(
         raise ValueError(
             "expected target_modules or trainable_layers, got both: name the layers in one place"
         )
+    for name, value in {"bias": "none", "modules_to_save": None}.items():
+        if settings.get(name, value) != value:
+            raise ValueError(
+                f"lora: expected {name}={value!r}, as the base model is the reference, got "
+                f"{settings[name]!r}"
+            )
+    ids = th.arange(4, device=lm.device)[None] % lm.get_input_embeddings().weight.shape[0]
+    with th.no_grad():
+        before = lm.eval()(input_ids=ids).logits
     try:
         lm.add_adapter(config_class(task_type="CAUSAL_LM", **settings))
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: peft refuses {dict(settings)}: {error}") from error
-    if hasattr(lm.get_output_embeddings(), "base_layer"):
-        raise ValueError("lora: expected target_modules without the output head, got it among them")
+    looked_up = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    if any(hasattr(module, "base_layer") for module in looked_up):
+        raise ValueError(
+            "lora: expected target_modules without embeddings and the output head, got them too"
+        )
+    lm.eval()
+    with th.no_grad(), without_adapters(lm):
+        if not th.allclose(lm(input_ids=ids).logits, before, atol=1e-4):
+            raise ValueError(
+                f"lora: {settings} changes the base model, which is the reference: expected the "
+                "default init_lora_weights"
+            )
 
 
 def linear_names(lm: PreTrainedModel, n_layers: int | None) -> list[str]:
@@ -87,10 +108,14 @@ def without_adapters(lm: PreTrainedModel) -> Iterator[None]:
 
 
 def merged(lm: PreTrainedModel) -> PreTrainedModel:
-    """Return a float32 copy whose weights have taken the adapters up: W + B·A·alpha/r."""
+    """Return a float32 copy, on the CPU, whose weights have taken the adapters up: W + B·A·α/r."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    whole = copy.deepcopy(lm).float()
+    # Told what each parameter's copy is, deepcopy makes none on the device.
+    copies = {
+        id(p): nn.Parameter(p.detach().to("cpu", th.float32, copy=True)) for p in lm.parameters()
+    }
+    whole = copy.deepcopy(lm, copies).cpu()
     for module in list(whole.modules()):
         for name, part in module.named_children():
             if isinstance(part, BaseTunerLayer):

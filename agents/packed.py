@@ -32,6 +32,8 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module) -> None:
     """Put packed layers in the place of a model's linear ones."""
     for module in model.modules():
+        if len(getattr(module, "lora_magnitude_vector", ())):  # DoRA looks at the weights it adapts
+            continue
         for name, part in module.named_children():
             if type(part) in (nn.Linear, Conv1D):
                 setattr(module, name, PackedLinear.of(part))

@@ -4,8 +4,8 @@ It knows observations (token ids) and tokens, and nothing of prompts, scores or 
 Stock SB3 A2C and PPO run with it as TokenPPO does.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from agents.lora import add_adapters
 from agents.masks import ActionMasks
 from agents.micro_batches import Evaluate, evaluate_in_parts
 from agents.packed import PackedLinear, can_pack
-from agents.ranks import gather, gather_tokens, least, whole
+from agents.ranks import agree_on_parts, gather_tokens, whole
 from agents.sequences import PAD, TokenBatch, n_minibatches, one_state_per_row
 from agents.value_network import ValueNetwork
 
@@ -129,6 +129,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             self.value_network = ValueNetwork(value_lm, self.vocab_size, trainable_layers, rounded)
             if self.value_network.lm is self.lm:
                 raise ValueError("expected value_lm to be another model than lm: give a copy")
+            check_positions(self.value_network.lm, observation_space.shape[0])
         self.value_only = False
         self.run_through(self.evaluate, nullcontext)
         valued = (self.value_network or self).lm
@@ -173,16 +174,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         for name in ("evaluate", "compare"):
             register_fsdp_forward_method(self, name)
         self._make_optimizer(self.optimizer.param_groups[0]["lr"])
-        self.run_through(self.evaluate, self._unreduced)
-        self.gather()
-
-    @contextmanager
-    def _unreduced(self) -> Iterator[None]:
-        self.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            self.set_requires_gradient_sync(True)
+        self.run_through(self.evaluate, nullcontext)  # each part's gradient is averaged
 
     def gather(self) -> None:
         """Bring what rows are decoded with up to date with sharded weights; by all ranks."""
@@ -329,8 +321,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         batch = obs if isinstance(obs, TokenBatch) else one_state_per_row(obs)
         actions = actions.long()
         n_parts = n_minibatches(len(actions), self.micro_batch_size or len(actions))
-        if self.sharded:
-            n_parts = min(max(gather([n_parts])), least(len(batch.ids)))
+        n_parts = agree_on_parts(n_parts, len(batch.ids))
         values, log_prob, entropy = evaluate_in_parts(
             self._evaluate, batch, actions, n_parts, self._unsynchronised
         )
@@ -375,12 +366,12 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         """Return the head for states that `lm` made; for a decoder's copy, kept with it."""
         if lm is self.lm:
             return self.head()
-        allowed = self.allowed_tokens._version
-        if self.decoder.derived.get("allowed") != allowed:
+        key = (self.allowed_tokens._version, self.temperature)
+        if self.decoder.derived.get("key") != key:
             head = self.head(lm=lm)
             if can_pack(head.weight.device, head.weight.dtype):
                 head = head._replace(product=PackedLinear(head.weight, head.bias))
-            self.decoder.derived.update(head=head, allowed=allowed)
+            self.decoder.derived.update(head=head, key=key)
         return self.decoder.derived["head"]
 
     def _choose(

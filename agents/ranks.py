@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 PATIENCE = timedelta(hours=12)
-"""How long a rank waits for another. One that dies is torchrun's to notice, within seconds; this
-is for a stage or callback that rank 0 does alone."""
+"""How long a rank waits for another, whatever for: as long as a stage or callback that rank 0 does
+alone may take. One that dies is torchrun's to notice, within seconds."""
 
 
 def connect(device: th.device | str) -> None:
@@ -29,7 +29,7 @@ def connect(device: th.device | str) -> None:
     Args:
         device: What this process computes on: "cuda" is the GPU of its number on this machine.
     """
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
     on_gpu = get_device(device).type == "cuda"
     if on_gpu:
@@ -39,13 +39,13 @@ def connect(device: th.device | str) -> None:
 
 def disconnect() -> None:
     """Part from the other processes, if connected."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def world_size() -> int:
     """Return the number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -91,9 +91,15 @@ def total(value: float) -> float:
     return sum(gather([value]))
 
 
-def least(value: int) -> int:
-    """Return the smallest of the ranks' values."""
-    return min(gather([value]))
+def agree_on_parts(wanted: int, n_sequences: int) -> int:
+    """Return how many parts each rank cuts its sequences into, the same number on all.
+
+    Args:
+        wanted: How many this rank would make; the greatest wish counts.
+        n_sequences: How many it can make at most; the fewest count.
+    """
+    found = gather([(wanted, n_sequences)])
+    return min(max(w for w, _ in found), min(n for _, n in found))
 
 
 def gather(items: list) -> list:
@@ -113,11 +119,19 @@ def copy_from_first(module: th.nn.Module) -> None:
             dist.broadcast(tensor.data, 0)
 
 
-def whole(tree: Any) -> Any:
-    """Replace sharded tensors by whole ones on the CPU; all ranks must call it."""
+def whole(tree: Any, keep: bool = True) -> Any:
+    """Replace sharded tensors by whole ones on the CPU; all ranks must call it.
+
+    Args:
+        tree: Dicts and lists of tensors.
+        keep: Whether this rank wants the result; others, which only help, get None for a tensor.
+    """
 
     def unshard(leaf: Any) -> Any:
-        return leaf.full_tensor().cpu() if isinstance(leaf, DTensor) else leaf
+        if not isinstance(leaf, DTensor):
+            return leaf
+        found = leaf.full_tensor()
+        return found.cpu() if keep else None
 
     return tree_map(unshard, tree)
 
@@ -135,7 +149,7 @@ def shard_like(state: dict[str, Any], parameters: list[th.Tensor]) -> dict[str, 
     return {**state, "state": {i: values for i, values in cut.items() if values}}
 
 
-STOP, GO_ON, HELP = 0, 1, 2
+STOP, GO_ON, HELP, HELP_WITH_LM = 0, 1, 2, 3
 
 
 class OneForAll(BaseCallback):
@@ -150,10 +164,6 @@ class OneForAll(BaseCallback):
         super().__init__()
         self.callback, self.busy = callback, False
 
-    def _init_callback(self) -> None:
-        if self.callback is not None:
-            self.callback.init_callback(self.model)
-
     def _on_training_start(self) -> None:
         self._meet(lambda c: c.on_training_start(self.locals, self.globals))
 
@@ -161,7 +171,7 @@ class OneForAll(BaseCallback):
         self._meet(lambda c: c.on_rollout_start())
 
     def _on_step(self) -> bool:
-        return self._meet(lambda c: c.on_step())
+        return self._meet(lambda c: bool(c.on_step()))
 
     def _on_rollout_end(self) -> None:
         self._meet(lambda c: c.on_rollout_end())
@@ -176,8 +186,8 @@ class OneForAll(BaseCallback):
 
     def _meet(self, call: Callable[[BaseCallback], Any]) -> bool:
         if self.callback is None:
-            while (word := _pass_on(STOP)) == HELP:
-                self.model.get_parameters()
+            while (word := _pass_on(STOP)) in (HELP, HELP_WITH_LM):
+                self.model.gather_parameters(word == HELP_WITH_LM, keep=False)
             return word == GO_ON
         self.busy = True
         try:
@@ -187,10 +197,10 @@ class OneForAll(BaseCallback):
         _pass_on(GO_ON if going_on else STOP)
         return going_on
 
-    def ask_for_help(self) -> None:
+    def ask_for_help(self, lm_only: bool) -> None:
         """Let the other ranks gather the model's parameters with rank 0, if they wait for it."""
         if self.busy:
-            _pass_on(HELP)
+            _pass_on(HELP_WITH_LM if lm_only else HELP)
 
 
 def _pass_on(word: int) -> int:

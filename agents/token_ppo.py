@@ -62,7 +62,8 @@ class TokenPPO(PPO):
         finished_episodes: Episodes that ended in the current rollout, in order: the
             environment's `info` and `ref_kl` (nats, summed over the completion; complete when
             `on_rollout_end` is called).
-        kl: The controller of β; `kl.coef` is where to change it.
+        kl: The controller of β; `kl.coef` is where to change it (with several processes, on rank
+            0, where callbacks run; other settings must be changed on all).
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"CausalLMPolicy": CausalLMPolicy}
@@ -296,12 +297,16 @@ class TokenPPO(PPO):
             self._last_obs = env.reset()  # type: ignore[assignment]
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         self._tokens_before = self._num_timesteps
+        self._set_value_only()
+        self.kl.coef = ranks.gather([self.kl.coef])[0]  # a callback of rank 0 may have changed it
         self._open_kl[self._last_episode_starts] = 0
         self._collecting = True
         try:
             going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         finally:
             self._collecting = False
+        if not going_on:  # within the rollout, where the others' tokens are an estimate
+            self._num_timesteps = ranks.gather([self._num_timesteps])[0]
         return going_on
 
     @property  # type: ignore[override]
@@ -332,7 +337,6 @@ class TokenPPO(PPO):
 
     def train(self) -> None:
         """Update the policy by SB3's `train`, whose explained variance would count held rows."""
-        self._set_value_only()
         super().train()
         if self.shard:
             self.policy.gather()
@@ -375,7 +379,8 @@ class TokenPPO(PPO):
         self, infos: list[dict[str, Any]], dones: np.ndarray | None = None
     ) -> None:
         """Keep SB3's statistics, and the episodes that ended at this step."""
-        super()._update_info_buffer(infos, dones)
+        if ranks.world_size() == 1:
+            super()._update_info_buffer(infos, dones)
         for row in np.flatnonzero(dones if dones is not None else []):
             place = {"step": self.rollout_buffer.pos, "row": int(row)}
             self.finished_episodes.append({**infos[row], **place})
@@ -415,7 +420,8 @@ class TokenPPO(PPO):
         if self.finished_episodes:
             ref_kl = float(np.mean([episode["ref_kl"] for episode in self.finished_episodes]))
             self.logger.record("rollout/ref_kl", ref_kl)
-            self.kl.update(ref_kl, len(self.finished_episodes))
+            if not self.policy.value_only:
+                self.kl.update(ref_kl, len(self.finished_episodes))
 
     @th.no_grad()
     def _second_look(self) -> tuple[np.ndarray, float]:
@@ -454,6 +460,8 @@ class TokenPPO(PPO):
                 hidden = reference.hidden_at(batch)
                 found = reference.token_statistics(batch, hidden, actions)
                 ref_log_probs[at] = found.log_prob.cpu().numpy()
+        if reference is not None and reference.sharded:
+            reference.reshard()
         if not exact:
             return ref_log_probs, 0.0
         return ref_log_probs, float(ranks.gather_tokens(th.cat(exact)).mean())
@@ -477,8 +485,8 @@ class TokenPPO(PPO):
             {**episode, "row": episode["row"] + first_row} for episode in self.finished_episodes
         ]
         self.finished_episodes = ranks.gather(mine)
-        others = [e for e in self.finished_episodes if e["row"] // self.n_envs != ranks.rank()]
-        super()._update_info_buffer(others)
+        ended = sorted(self.finished_episodes, key=lambda e: (e["step"], e["row"]))
+        super()._update_info_buffer(ended, np.ones(len(ended), dtype=bool))
 
     def _log_episodes(self) -> None:
         """Log scores, lengths and ends of the rollout's finished episodes, where told."""
@@ -496,11 +504,19 @@ class TokenPPO(PPO):
 
     def get_parameters(self) -> dict[str, dict]:
         """Return SB3's state dicts; whole ones of a sharded model, on all ranks at once."""
-        if not self.shard:
-            return super().get_parameters()
+        return self.gather_parameters() if self.shard else super().get_parameters()
+
+    def gather_parameters(self, lm_only: bool = False, keep: bool = True) -> dict[str, Any]:
+        """Bring a sharded model's state together; all ranks must call it.
+
+        Args:
+            lm_only: The language model's weights, rather than all of SB3's state dicts.
+            keep: Whether this rank wants the result, or only helps.
+        """
         if self._alone is not None:
-            self._alone.ask_for_help()
-        return ranks.whole(super().get_parameters())
+            self._alone.ask_for_help(lm_only)
+        state = self.policy.lm.state_dict() if lm_only else super().get_parameters()
+        return ranks.whole(state, keep)
 
     def set_parameters(
         self,
@@ -514,7 +530,10 @@ class TokenPPO(PPO):
             return
         states = load_path_or_dict
         if not isinstance(states, dict):
-            _, states, _ = load_from_zip_file(states, device=self.device)
+            _, states, _ = load_from_zip_file(states, device=self.device, load_data=False)
+        expected = set(super().get_parameters())
+        if exact_match and set(states) != expected:
+            raise ValueError(f"expected parameters of {sorted(expected)}, got {sorted(states)}")
         options = StateDictOptions(full_state_dict=True)
         for name, state in states.items():
             part = recursive_getattr(self, name)
@@ -530,7 +549,7 @@ class TokenPPO(PPO):
         if ranks.rank() == 0:
             super().save(path, exclude, include)
         elif self.shard:
-            self.get_parameters()
+            self.gather_parameters(keep=False)
 
     def _excluded_save_params(self) -> list[str]:
         """Keep models and text out of SB3's pickled part."""

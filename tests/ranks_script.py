@@ -164,7 +164,7 @@ class StopEarly(BaseCallback):
     """Stops in the second rollout, on rank 0."""
 
     def _on_step(self) -> bool:
-        return self.n_calls < 11
+        return np.bool_(self.n_calls < 11)  # what a comparison of arrays gives
 
 
 def stop(folder: Path) -> None:
@@ -202,6 +202,9 @@ def die(folder: Path, how: str) -> None:
 TASKS = {
     "plain": lambda f: train(f),
     "micro": lambda f: train(f, policy_kwargs={"micro_batch_size": 8}),
+    "uneven": lambda f: train(
+        f, policy_kwargs={"micro_batch_size": 20}
+    ),  # one part here, two there
     "warmup": lambda f: train(f, value_warmup=1, policy_kwargs={"value_lm": tiny_llama(9, seed=4)}),
     "lora": lambda f: train(f, policy_kwargs={"lora": LORA}),
     "several": lambda f: train(f, batch_size=16, target_kl=1e-3, learning_rate=3e-2),

@@ -368,3 +368,26 @@ def test_one_state_per_row_finds_the_last_token() -> None:
     batch = one_state_per_row(th.tensor([[3, 4, -1, -1], [5, -1, -1, -1]]))
     assert batch.ids.tolist() == [[3, 4], [5, -1]]
     assert batch.position.tolist() == [1, 0]
+
+
+def test_a_batch_of_another_shape_sees_the_weights_as_they_are(make_lm) -> None:
+    lm = make_lm(9)
+    policy = CausalLMPolicy(
+        spaces.Box(-1, 8, (6,), np.int64), spaces.Discrete(9), lambda _: 0.0, lm=lm
+    )
+    four, one = th.tensor([[1, 2, 3, -1, -1, -1]] * 4), th.tensor([[1, 2, 3, -1, -1, -1]])
+
+    def expected() -> th.Tensor:
+        return lm(input_ids=th.tensor([[1, 2, 3]])).logits[0, -1].log_softmax(0)
+
+    def found(obs: th.Tensor) -> th.Tensor:
+        return policy.get_distribution(obs).distribution.logits[0]
+
+    with th.no_grad():
+        th.testing.assert_close(found(four), expected(), atol=1e-5, rtol=1e-4)
+        policy.load_state_dict({k: 1.5 * v for k, v in policy.state_dict().items()}, strict=False)
+        for obs in (one, four, one):
+            th.testing.assert_close(found(obs), expected(), atol=1e-5, rtol=1e-4)
+        policy.temperature = 3.0
+        warm = (expected() / 3).log_softmax(0)
+        th.testing.assert_close(found(four), warm, atol=1e-5, rtol=1e-4)

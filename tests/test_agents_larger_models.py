@@ -58,8 +58,9 @@ def test_adapters_learn_and_the_base_stays_which_is_the_reference() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_with_adapters_the_decoder_gives_what_a_whole_pass_gives(make) -> None:
-    model = trained(lm=make(9), policy_kwargs={"lora": LORA})
+@pytest.mark.parametrize("dora", [False, True])
+def test_with_adapters_the_decoder_gives_what_a_whole_pass_gives(make, dora) -> None:
+    model = trained(lm=make(9), policy_kwargs={"lora": {**LORA, "use_dora": dora}})
     policy, ids = model.policy, IDS[:1]
     with th.no_grad():
         for n in (3, 4, 5):
@@ -128,7 +129,15 @@ def test_sb3s_zip_brings_adapters_back(tmp_path) -> None:
 def test_what_adapters_refuse() -> None:
     with pytest.raises(ValueError, match="peft refuses"):
         make_model(policy_kwargs={"lora": {"rank": 4}})
-    with pytest.raises(ValueError, match="without the output head"):
+    for odd, match in (
+        ({"bias": "lora_only"}, "bias='none'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=None"),
+        ({"init_lora_weights": "pissa"}, "changes the base model"),
+        ({"target_modules": ["wte"]}, "without embeddings"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            make_model(policy_kwargs={"lora": {**LORA, **odd}})
+    with pytest.raises(ValueError, match="without embeddings and the output head"):
         make_model(
             lm=tiny_llama(9), policy_kwargs={"lora": {**LORA, "target_modules": ["lm_head"]}}
         )
@@ -294,7 +303,13 @@ def test_the_value_network_must_be_another_model() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_value_warms_up_while_the_policy_stays(shared: bool) -> None:
     value_lm = None if shared else tiny_llama(9, seed=1)
-    model = make_model(policy_kwargs={"value_lm": value_lm}, value_warmup=2, n_epochs=2)
+    model = make_model(
+        policy_kwargs={"value_lm": value_lm},
+        value_warmup=2,
+        n_epochs=2,
+        kl_coef=0.1,
+        target_ref_kl=5.0,
+    )
     lm, head = flat(model.policy.lm.parameters()), flat(model.policy.value_head.parameters())
     model.learn(2 * 64)  # 4 rows × 16 steps each
     assert th.equal(flat(model.policy.lm.parameters()), lm)
@@ -302,8 +317,9 @@ def test_the_value_warms_up_while_the_policy_stays(shared: bool) -> None:
     if not shared:
         moved = flat(value_lm.parameters()) - flat(tiny_llama(9, seed=1).parameters())
         assert moved.abs().max() > 1e-4
+    assert model.kl.coef == 0.1  # nothing to adapt to while the policy stays
     model.learn(64, reset_num_timesteps=False)
-    assert not th.equal(flat(model.policy.lm.parameters()), lm)
+    assert not th.equal(flat(model.policy.lm.parameters()), lm) and model.kl.coef != 0.1
 
 
 def test_value_warmup_is_at_least_zero() -> None:

@@ -17,7 +17,7 @@ from agents.sequences import deal
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker: the processes are started once
 
 TESTS = Path(__file__).parent
-SAME = ("plain", "micro", "warmup", "lora", "shard", "shard-all")
+SAME = ("plain", "micro", "uneven", "warmup", "lora", "shard", "shard-all")
 
 
 def launch(folder: Path, *tasks: str, n: int = 2) -> subprocess.CompletedProcess:

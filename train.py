@@ -690,8 +690,8 @@ def on_first_process(function: Callable[..., None], *arguments: Any) -> None:
     """Do a stage on the first process alone, which must not look for the others meanwhile."""
     if process_number() > 0:
         return
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    names = (TORCHRUN, *names)
+    names = [TORCHRUN, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+    names += ["MASTER_ADDR", "MASTER_PORT"]
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         function(*arguments)

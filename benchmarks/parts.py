@@ -105,6 +105,8 @@ def memory(dtype: str = "float32") -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "memory":
         memory(*sys.argv[2:])
+    elif sys.argv[1] == "length":
+        length()
     else:
-        {"environment": environment, "length": length}[sys.argv[1]]()
+        environment()
     say(machine(os.cpu_count() or 1))

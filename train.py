@@ -301,6 +301,18 @@ def reward(common: Common, settings: Reward) -> None:
 
 def ppo(common: Common, settings: PPO) -> None:
     """Train the policy on the reward model's scores; leaves policy, metrics and samples."""
+    from agents import ranks
+
+    if process_number() == 0 and settings.prompts is None:
+        data(common)  # made by one, read by all
+    ranks.connect(common.device)  # others than the first wait here for the stages before
+    common.run = ranks.gather([common.run])[0]
+    train_policy(common, settings)
+    ranks.disconnect()
+
+
+def train_policy(common: Common, settings: PPO) -> None:
+    """Do what stage ppo does, in each of the processes that have been connected."""
     from stable_baselines3.common.logger import (
         JSONOutputFormat,
         KVWriter,
@@ -313,10 +325,6 @@ def ppo(common: Common, settings: PPO) -> None:
     from text_env import TextVecEnv
     from text_env.vocabulary import load_tokenizer
 
-    if process_number() == 0 and settings.prompts is None:
-        data(common)  # made by one, read by all
-    ranks.connect(common.device)  # others than the first wait here for the stages before
-    common.run = ranks.gather([common.run])[0]
     n_processes, first = ranks.world_size(), ranks.rank() == 0
     if settings.n_envs % n_processes:
         raise ValueError(
@@ -399,7 +407,6 @@ def ppo(common: Common, settings: PPO) -> None:
         rows = map(json.loads, read_lines(made / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
         facts["episodes"] = sum(row["rollout/episodes"] for row in rows)
-    ranks.disconnect()
 
 
 def lora_of(settings: PPO) -> dict[str, float] | None:
@@ -1171,4 +1178,9 @@ def save_config(common: Common, name: str, chosen: "Namespace") -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if TORCHRUN in os.environ:  # gloo's threads may abort a process that ends in the usual way
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -6,6 +6,7 @@ the loss is computed, so that loss, early stopping and statistics are those of a
 callbacks, which run on rank 0 alone, decide for all. With one process each function is free.
 """
 
+import gc
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -38,7 +39,8 @@ def connect(device: th.device | str) -> None:
 
 
 def disconnect() -> None:
-    """Part from the other processes, if connected."""
+    """Part from the other processes, if connected; models that are not used any more go first."""
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1179,8 +1179,8 @@ def save_config(common: Common, name: str, chosen: "Namespace") -> None:
 
 if __name__ == "__main__":
     code = main()
-    if TORCHRUN in os.environ:  # gloo's threads may abort a process that ends in the usual way
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if TORCHRUN in os.environ:
+        from agents import ranks
+
+        ranks.leave(code)
     sys.exit(code)

@@ -234,7 +234,7 @@ def main() -> None:
         np.random.seed(0)
         (folder / task).mkdir(parents=True, exist_ok=True)
         TASKS[task](folder / task)
-    ranks.disconnect()
+    ranks.leave(0)
 
 
 if __name__ == "__main__":

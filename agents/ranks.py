@@ -52,7 +52,8 @@ def leave(code: int) -> NoReturn:
     In it gloo's threads now and then abort the process ("terminate called without an active
     exception", torch 2.13), and torchrun calls the finished job failed.
     """
-    disconnect()
+    if code == 0:  # else the others may be anywhere, and parting may wait for them
+        disconnect()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -3,7 +3,7 @@
     python train.py                      the main job: all stages with their defaults
     python train.py STAGE --help         one stage alone: sft, reward, ppo, evaluate
     python train.py run --config F.yaml  the same with a file of settings
-    torchrun --nproc-per-node 2 train.py …   the same, PPO on several processes
+    torchrun --nproc-per-node 2 -- train.py …   the same, PPO on several processes
 
 Every stage reads what the ones before left in the run folder and adds its own part; each input
 can be given by hand instead. Nothing heavy is imported before the arguments are parsed.
@@ -135,7 +135,8 @@ class PPO:
     lora_alpha: float | None = None
     """Scale of the adapters, times 1 / rank. None: twice the rank."""
     merge_lora: bool = True
-    """Save the policy with its adapters merged in; false: the adapters alone, as peft does."""
+    """Save the policy with its adapters merged in; false: the adapters alone, as peft does, which
+    point at the model that they belong to, the run's sft/ say, by its path."""
     value_network: bool = False
     """Read the values from a second copy of the LM rather than from the policy's own states."""
     value_warmup: int = 0
@@ -143,7 +144,8 @@ class PPO:
     gradient_checkpointing: bool = False
     """Compute each layer's activations again in the backward pass: less memory, more time."""
     shard: bool = False
-    """With torchrun: split the weights over the processes (FSDP2), not a copy in each (DDP)."""
+    """With torchrun: split the weights over the processes (FSDP2), not a copy in each (DDP); not
+    with lora_rank."""
     micro_batch_size: int | None = None
     """Tokens of a minibatch whose activations are held at a time; the gradient stays the same."""
     max_new_tokens: int = 32
@@ -325,6 +327,8 @@ def train_policy(common: Common, settings: PPO) -> None:
     from text_env import TextVecEnv
     from text_env.vocabulary import load_tokenizer
 
+    if settings.shard and settings.lora_rank is not None:
+        raise ValueError("expected shard or lora_rank, got both: adapters have little to split")
     n_processes, first = ranks.world_size(), ranks.rank() == 0
     if settings.n_envs % n_processes:
         raise ValueError(
@@ -697,6 +701,13 @@ def on_first_process(function: Callable[..., None], *arguments: Any) -> None:
     """Do a stage on the first process alone, which must not look for the others meanwhile."""
     if process_number() > 0:
         return
+    if TORCHRUN not in os.environ:
+        function(*arguments)
+        return
+    import torch as th
+
+    threads = th.get_num_threads()
+    th.set_num_threads(os.cpu_count() or threads)  # torchrun gives one; the others only wait now
     names = [TORCHRUN, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
     names += ["MASTER_ADDR", "MASTER_PORT"]
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
@@ -704,6 +715,7 @@ def on_first_process(function: Callable[..., None], *arguments: Any) -> None:
         function(*arguments)
     finally:
         os.environ.update(hidden)
+        th.set_num_threads(threads)
 
 
 # ----------------------------------------------------------------- what the stages look at

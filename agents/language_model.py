@@ -240,6 +240,10 @@ def load_named(lm: str) -> PreTrainedModel:
         return merged(loaded) if has_adapters(loaded) else loaded
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
+        if (Path(lm) / "adapter_config.json").exists():
+            reason += (
+                " (it holds adapters, whose adapter_config.json says where their base model is)"
+            )
         raise ValueError(
             f"expected the folder or hub id of a causal LM, got {lm!r}: {reason}"
         ) from error

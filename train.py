@@ -604,10 +604,15 @@ def refuse_to_replace(common: Common, name: str) -> None:
     paths = [folder_of(common) / made for stage_name in names for made in MAKES[stage_name]]
     there = [str(path) for path in paths if path.exists()]
     if there and not common.overwrite:
+        missing = [
+            stage_name
+            for stage_name, made in MAKES.items()
+            if not any((folder_of(common) / part).exists() for part in made)
+        ]
+        go_on = f"python train.py {missing[0]} --run {folder_of(common)}" if missing else ""
         raise FileExistsError(
-            f"{', '.join(there)} exist already: choose another --run folder, pass "
-            "--overwrite true, or go on with a stage that is missing (sft, reward, ppo, evaluate), "
-            f"such as: python train.py ppo --run {folder_of(common)}"
+            f"{', '.join(there)} exist already: choose another --run folder, or pass "
+            "--overwrite true" + (f"; the run could go on with: {go_on}" if missing else "")
         )
 
 

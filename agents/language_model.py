@@ -26,7 +26,14 @@ from agents.frozen_layers import (
 )
 from agents.heads import Comparison, Head, TokenStatistics, compare, token_statistics
 from agents.lora import has_adapters, merged, without_adapters
-from agents.sequences import PAD, TokenBatch, lengths, one_state_per_row, similar_lengths
+from agents.sequences import (
+    PAD,
+    TokenBatch,
+    lengths,
+    one_state_per_row,
+    similar_lengths,
+    take,
+)
 
 LM: TypeAlias = str | Path | PreTrainedModel | PreTrainedConfig
 """A folder, a hub id, a live model, or a config to build one from."""
@@ -72,27 +79,22 @@ class TokenModel(nn.Module):
 
     def hidden_at(self, batch: TokenBatch) -> th.Tensor:
         """Run whole sequences, some of like length at a time; return each token's state, (N, H)."""
-        length, states, places = lengths(batch.ids), [], []
+        rows = th.arange(len(batch.ids), device=batch.ids.device)
         # Sharded models run together, and as often on each rank.
-        everything = [th.arange(len(length), device=length.device)]
-        for rows in everything if self.sharded else similar_lengths(length):
-            hidden = self._run(batch, rows, int(length[rows].max()))
-            within = th.full_like(length, -1)
-            within[rows] = th.arange(len(rows), device=rows.device)
-            place = (within[batch.row] >= 0).nonzero()[:, 0]
-            states.append(hidden[within[batch.row[place]], batch.position[place]])
-            places.append(place)
-        return th.cat(states)[th.cat(places).argsort()]
+        groups = [rows] if self.sharded else similar_lengths(lengths(batch.ids))
+        parts = [take(batch, group) for group in groups]
+        states = [self._run(part)[part.row, part.position] for part, _ in parts]
+        return th.cat(states)[th.cat([places for _, places in parts]).argsort()]
 
-    def _run(self, batch: TokenBatch, rows: th.Tensor, longest: int) -> th.Tensor:
-        """Run some sequences, cut to the longest, and return their states (b, longest, H)."""
+    def _run(self, batch: TokenBatch) -> th.Tensor:
+        """Run a batch's sequences in one pass, and return their states (B, L, H)."""
         # Right padding needs no attention mask under causal attention, and no position ids.
-        ids = batch.ids[rows, :longest].clamp(min=0)
+        ids = batch.ids.clamp(min=0)
         checkpointed = self.gradient_checkpointing and th.is_grad_enabled()
         with self.autocast(), checkpointed_layers(self.lm) if checkpointed else nullcontext():
             if batch.frozen is None or self.n_frozen == 0:
                 return self.body(input_ids=ids, use_cache=False).last_hidden_state
-            return go_on_from(self.body, self.n_frozen, batch.frozen[rows, :longest], ids)
+            return go_on_from(self.body, self.n_frozen, batch.frozen, ids)
 
     def last_hidden(self, obs: th.Tensor) -> tuple[th.Tensor, PreTrainedModel]:
         """Return the state at the last token of each row, and the model that made it.
@@ -189,10 +191,10 @@ class Reference(TokenModel):
         register_fsdp_forward_method(self, "hidden_at")
         self.sharded, self.n_frozen = True, 0
 
-    def _run(self, batch: TokenBatch, rows: th.Tensor, longest: int) -> th.Tensor:
-        """Run some sequences, as the policy's model does, but without its adapters."""
+    def _run(self, batch: TokenBatch) -> th.Tensor:
+        """Run sequences as the policy's model does, but without its adapters."""
         with without_adapters(self.lm) if self.shares_base else nullcontext():
-            return super()._run(batch, rows, longest)
+            return super()._run(batch)
 
 
 def load_lm(lm: LM, vocab_size: int) -> PreTrainedModel:

@@ -38,6 +38,11 @@ PROBED = 8
 """One sequence of so many is compared with the reference at every token of the vocabulary."""
 
 
+def probe(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return every eighth of the sequences, and the others."""
+    return order[::PROBED], np.delete(order, np.s_[::PROBED])
+
+
 class Evaluation(th.nn.Module):
     """The policy as a module whose forward pass is what the update calls: for DDP."""
 
@@ -120,7 +125,8 @@ class TokenPPO(PPO):
             learning_rate: As in SB3.
             n_steps: Tokens per row and rollout. An episode cut by the rollout's end goes on in
                 the next one; its tail is bootstrapped by the value.
-            batch_size: Tokens per minibatch, dealt in whole sequences of nearly this many.
+            batch_size: Tokens per minibatch, of all processes together, dealt in whole sequences of
+                nearly this many.
             n_epochs: As in SB3.
             gamma: Discount per token.
             gae_lambda: As in SB3.
@@ -436,30 +442,31 @@ class TokenPPO(PPO):
             the policy need not be run again there.
         """
         policy, reference, buffer = self.policy, self.reference, self.rollout_buffer
-        rounded = policy.dtype != th.float32 or self.shard  # of a copy, or of it all on each rank
+        # Rows are decoded with a rounded copy, or sharded ranks must run the policy equally often.
+        anew = policy.dtype != th.float32 or self.shard
         ref_log_probs = np.zeros_like(buffer.log_probs)
         exact: list[th.Tensor] = []
-        if reference is None and not rounded:
+        if reference is None and not anew:
             return ref_log_probs, 0.0
         order = buffer.by_length()
-        twice = order if rounded else order[::PROBED]
-        for batch, index in buffer.batches(twice, self.batch_size):
-            at, actions = tuple(index), buffer.to_torch(buffer.actions[tuple(index)]).long()
-            if reference is None:
-                _, log_prob, _ = policy.evaluate(batch, actions)
-            else:
-                log_prob, ref_log_prob, kl = policy.compare(batch, actions, reference)
-                exact.append(kl)
-                ref_log_probs[at] = ref_log_prob.cpu().numpy()
-            if rounded:
-                buffer.log_probs[at] = log_prob.cpu().numpy()
-        once = order[:0] if rounded else np.delete(order, np.s_[::PROBED])
-        if reference is not None:
-            for batch, index in buffer.batches(once, self.batch_size):
-                at, actions = tuple(index), buffer.to_torch(buffer.actions[tuple(index)]).long()
-                hidden = reference.hidden_at(batch)
-                found = reference.token_statistics(batch, hidden, actions)
-                ref_log_probs[at] = found.log_prob.cpu().numpy()
+        both, reference_only = (order, order[:0]) if anew else probe(order)
+        for part in (both, reference_only):
+            for batch, index in buffer.batches(part, self.batch_size):
+                at = tuple(index)
+                actions = buffer.to_torch(buffer.actions[at]).long()
+                log_prob, ref_log_prob = None, None
+                if reference is None:
+                    _, log_prob, _ = policy.evaluate(batch, actions)
+                elif part is both:
+                    log_prob, ref_log_prob, kl = policy.compare(batch, actions, reference)
+                    exact.append(kl)
+                else:
+                    hidden = reference.hidden_at(batch)
+                    ref_log_prob = reference.token_statistics(batch, hidden, actions).log_prob
+                if anew and log_prob is not None:
+                    buffer.log_probs[at] = log_prob.cpu().numpy()
+                if ref_log_prob is not None:
+                    ref_log_probs[at] = ref_log_prob.cpu().numpy()
         if reference is not None and reference.sharded:
             reference.reshard()
         if not exact:

@@ -41,6 +41,8 @@ PEERS = (
     "TRL RLOO",
 )
 BASE = "bare loop"
+IMPATIENCE = 5
+"""After so many times the patience, a peer from which nothing has come is stopped."""
 AT_ONCE = 3
 """Peers that take turns with a bare loop."""
 
@@ -113,26 +115,31 @@ def measure(
         peers: who takes part.
         rounds: counted iterations of each.
         threads: CPU threads of each.
-        patience: a peer whose first iteration takes longer than this, seconds, is not asked again.
+        patience: a peer whose first iteration takes longer than this, seconds, is not asked again;
+            one of which nothing comes for `IMPATIENCE` times as long is stopped.
     """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     found = {peer: Found() for peer in peers}
-    processes = []
+    processes = {}
+    limit = IMPATIENCE * patience
     for peer in peers:
         pipe, end = context.Pipe()
         process = context.Process(target=work, args=(end, workload, peer, threads), daemon=True)
         process.start()
         end.close()
-        processes.append(process)
-        if take(pipe, found[peer]):
+        processes[peer] = process
+        if take(pipe, found[peer], limit):
             pipes[peer] = pipe
+        else:
+            process.kill()
     for number in range(rounds + 1):
         for peer, pipe in list(pipes.items()):
             say(f"{workload}, round {number} of {rounds}: {peer}", end="          \r")
             tell(pipe, True)
-            answer = take(pipe, found[peer])
+            answer = take(pipe, found[peer], limit)
             if not answer:
+                processes[peer].kill()  # it may still be at work
                 del pipes[peer]
                 continue
             timing, found[peer].memory = answer
@@ -141,7 +148,7 @@ def measure(
                 tell(pipes.pop(peer), False)
     for pipe in pipes.values():
         tell(pipe, False)
-    for process in processes:
+    for process in processes.values():
         process.join(timeout=10)
         process.kill()
     compare(found)
@@ -175,10 +182,13 @@ def measure_in_groups(
     return {peer: found[peer] for peer in peers}
 
 
-def take(pipe: Connection, found: Found) -> Any:
-    """Receive what a worker has to say; note an error, or its death, and return None then."""
+def take(pipe: Connection, found: Found, limit: float) -> Any:
+    """Receive what a worker has to say within `limit` seconds.
+
+    Note an error, its death or its silence, and return None then.
+    """
     try:
-        answer = pipe.recv()
+        answer = pipe.recv() if pipe.poll(limit) else f"no iteration within {limit:.0f} s"
     except (EOFError, OSError):
         answer = "the process died: out of memory?"
     if isinstance(answer, str):

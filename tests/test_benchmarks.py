@@ -1,6 +1,7 @@
 """The benchmark's own arithmetic, and one round of it for real."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch as th
 
 from benchmarks.bare_loop import BareLoop
 from benchmarks.peers import count_tokens, steps_per_row
-from benchmarks.throughput import Found, compare, ratio, table
+from benchmarks.throughput import Found, compare, ratio, table, take
 from benchmarks.timing import Timing
 from benchmarks.workloads import WORKLOADS
 
@@ -41,6 +42,14 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert ratio(found, "stock SB3 PPO") == pytest.approx(0.1)
     assert "| stock SB3 PPO (first iteration only) |" in table(found)
     assert "| 2.00 |" in table(found) and "no trl" in table(found)
+
+
+def test_a_peer_from_which_nothing_comes_is_given_up() -> None:
+    pipe, other = multiprocessing.Pipe()
+    silent, dead = Found(), Found()
+    assert take(pipe, silent, 0.1) is None and "no iteration within" in silent.error
+    other.close()
+    assert take(pipe, dead, 0.1) is None and "died" in dead.error
 
 
 def test_prompts_have_the_same_number_of_tokens() -> None:

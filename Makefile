@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow bench check format lint type clean
+.PHONY: demo test test-slow bench bench-ppo check format lint type clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,13 @@ bench: $(BIN)/.installed  ## speed against a bare loop, generate, stock SB3 and 
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.throughput
 
+bench-ppo:  ## the same against the last TRL with a PPO trainer, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-ppo
+	grep -v '^trl==' constraints.txt > $(VENV)-ppo/constraints.txt
+	$(VENV)-ppo/bin/python -m pip install --quiet -c $(VENV)-ppo/constraints.txt -e '.[gguf]' datasets trl==1.12.0
+	TRL_EXPERIMENTAL_SILENCE=1 $(VENV)-ppo/bin/python -m benchmarks.throughput --workloads tiny real \
+		--peers "bare loop" TokenPPO "TRL PPO" --out runs/throughput-ppo
+
 check: lint type test  ## what CI runs first
 
 format: $(BIN)/.installed
@@ -38,4 +45,4 @@ type: $(BIN)/.installed
 	$(BIN)/mypy train.py benchmarks
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-ppo .mypy_cache .pytest_cache .ruff_cache .hypothesis

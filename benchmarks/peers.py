@@ -7,7 +7,11 @@ for the word to go on, or raises `Stop`. The bare loop is in `bare_loop`.
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from copy import deepcopy
+from io import StringIO
 from math import nan
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -241,6 +245,85 @@ class TRL:
             trainer.train()
 
 
+class TRLPPO:
+    """The PPO trainer of TRL, as its last release with one (1.12, experimental) has it.
+
+    It wants models for value and reward: the value model is another of the policy's size, as that
+    trainer's users have it; the reward model is as good as free.
+    """
+
+    def __init__(self, workload: Workload, dtype: str) -> None:
+        self.workload, self.dtype = workload, dtype
+
+    def run(self, report: Report) -> None:
+        """Do iterations, until the trainer's callback raises `Stop`."""
+        from datasets import Dataset
+        from transformers import AutoModelForSequenceClassification, TrainerCallback
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+        start, asked = time.perf_counter(), nan
+        tokens = self.workload.n_prompts * self.workload.max_new_tokens
+
+        class FreeReward(th.nn.Module):
+            base_model_prefix = "backbone"
+
+            def backbone(self, input_ids: th.Tensor, **kwargs: Any) -> Any:
+                nonlocal asked
+                asked = time.perf_counter()
+                return SimpleNamespace(hidden_states=[input_ids.float()[..., None]])
+
+            def score(self, hidden: th.Tensor) -> th.Tensor:
+                return hidden % 997 / 997
+
+        class AfterIteration(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                nonlocal start
+                report(Timing(tokens, time.perf_counter() - start, asked - start, nan))
+                start = time.perf_counter()
+
+        tokenizer = self.workload.tokenizer()
+        if tokenizer.pad_token is None:
+            tokenizer.eos_token = tokenizer.pad_token = "w0"
+        lm = self.workload.model()
+        config = deepcopy(lm.config)
+        config.num_labels = 1
+        value = AutoModelForSequenceClassification.from_config(config)
+        prompts = Dataset.from_dict(dict(tokenizer(self.workload.prompts())))
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = PPOTrainer(
+                args=PPOConfig(
+                    output_dir=folder,
+                    per_device_train_batch_size=self.workload.n_prompts,
+                    gradient_accumulation_steps=1,
+                    num_ppo_epochs=self.workload.n_epochs,
+                    response_length=self.workload.max_new_tokens,
+                    total_episodes=10**6,
+                    temperature=1.0,
+                    kl_coef=bare.KL_COEF,
+                    vf_coef=bare.VF_COEF,
+                    learning_rate=bare.LEARNING_RATE,
+                    bf16=self.dtype == "bfloat16",
+                    use_cpu=True,
+                    gradient_checkpointing=False,
+                    num_sample_generations=0,
+                    save_strategy="no",
+                    report_to="none",
+                    disable_tqdm=True,
+                    dataloader_pin_memory=False,
+                ),
+                processing_class=tokenizer,
+                model=lm,
+                ref_model=None,
+                reward_model=FreeReward(),
+                value_model=value,
+                train_dataset=prompts,
+                eval_dataset=prompts,
+                callbacks=[AfterIteration()],
+            )
+            with redirect_stdout(StringIO()):  # it prints its metrics
+                trainer.train()
+
+
 PEERS: dict[str, Callable[[Workload], Any]] = {
     "bare loop": lambda w: Bare(w, "float32"),
     "bare loop, bf16": lambda w: Bare(w, "bfloat16"),
@@ -252,6 +335,7 @@ PEERS: dict[str, Callable[[Workload], Any]] = {
     "stock SB3 PPO": lambda w: StockSB3(w, "float32"),
     "TRL GRPO": lambda w: TRL(w, "float32", "GRPO"),
     "TRL RLOO": lambda w: TRL(w, "float32", "RLOO"),
+    "TRL PPO": lambda w: TRLPPO(w, "float32"),
 }
 
 

@@ -40,6 +40,8 @@ PEERS = (
     "TRL GRPO",
     "TRL RLOO",
 )
+LAST_TRL_PPO = "TRL PPO"
+"""Runs where TRL 1.12 is installed, the last with a PPO trainer: `make bench-ppo`."""
 BASE = "bare loop"
 IMPATIENCE = 5
 """After so many times the patience, a peer from which nothing has come is stopped."""
@@ -288,7 +290,7 @@ def main() -> None:
     """Measure and write the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS, choices=WORKLOADS)
-    parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
+    parser.add_argument("--peers", nargs="+", default=PEERS, choices=[*PEERS, LAST_TRL_PPO])
     parser.add_argument("--rounds", type=int, default=5, help="counted iterations of each peer")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument(

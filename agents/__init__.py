@@ -7,7 +7,11 @@ from stable_baselines3 import A2C, PPO
 
 from agents.buffer import TokenRolloutBuffer
 from agents.callbacks import SampleTextCallback, SavePretrainedCallback
+from agents.critic_free import TokenA2C, TokenGRPO, TokenRLOO
+from agents.lm_reader import LMReader
+from agents.lm_wrappers import LMFeatures, TopKActions, VecLMFeatures, VecTopKActions
 from agents.policy import CausalLMPolicy
+from agents.token_embedding import TokenEmbeddingExtractor
 from agents.token_ppo import TokenPPO
 
 for _algorithm in (A2C, PPO):
@@ -15,8 +19,17 @@ for _algorithm in (A2C, PPO):
 
 __all__ = [
     "CausalLMPolicy",
+    "LMFeatures",
+    "LMReader",
     "SampleTextCallback",
     "SavePretrainedCallback",
+    "TokenA2C",
+    "TokenEmbeddingExtractor",
+    "TokenGRPO",
     "TokenPPO",
+    "TokenRLOO",
     "TokenRolloutBuffer",
+    "TopKActions",
+    "VecLMFeatures",
+    "VecTopKActions",
 ]

@@ -138,7 +138,7 @@ class TokenRolloutBuffer(RolloutBuffer):
             self.segments = self._cut()
 
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
-        """Compute returns and advantages by SB3's recursion, after `before_advantages`.
+        """Compute returns and advantages, after `before_advantages`.
 
         Whitening takes mean and (unbiased) standard deviation over all tokens of the rollout,
         those of other ranks included.
@@ -149,12 +149,16 @@ class TokenRolloutBuffer(RolloutBuffer):
                 "environment that holds ended rows needs whole_episodes=True"
             )
         self.before_advantages()
-        super().compute_returns_and_advantage(last_values, dones)
+        self.estimate_advantages(last_values, dones)
         trained = self.lengths > 0
         everywhere = ranks.gather_tokens(self.to_torch(self.advantages[trained])).cpu().numpy()
         if self.whiten_advantages and len(everywhere) > 1:
             mean, deviation = everywhere.mean(), everywhere.std(ddof=1)
             self.advantages[trained] = (self.advantages[trained] - mean) / (deviation + 1e-8)
+
+    def estimate_advantages(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+        """Fill `returns` and `advantages` by SB3's recursion (GAE)."""
+        super().compute_returns_and_advantage(last_values, dones)
 
     @property
     def n_tokens(self) -> int:

@@ -26,6 +26,7 @@ from agents.frozen_layers import (
 )
 from agents.heads import Comparison, Head, TokenStatistics, compare, token_statistics
 from agents.lora import has_adapters, merged, without_adapters
+from agents.packed import PackedLinear, can_pack
 from agents.sequences import (
     PAD,
     TokenBatch,
@@ -155,6 +156,18 @@ class TokenModel(nn.Module):
         if bool(batch.masks[:, self.allowed_tokens].all()):
             return head
         return head._replace(masks=head.places_in(batch.masks), mask_id=batch.mask_id)
+
+    def decoding_head(self, lm: PreTrainedModel) -> Head:
+        """Return the head for states that `lm` made; for a decoder's copy, kept with it."""
+        if lm is self.lm:
+            return self.head()
+        key = (self.allowed_tokens._version, self.temperature)
+        if self.decoder.derived.get("key") != key:
+            head = self.head(lm=lm)
+            if can_pack(head.weight.device, head.weight.dtype):
+                head = head._replace(product=PackedLinear(head.weight, head.bias))
+            self.decoder.derived.update(head=head, key=key)
+        return self.decoder.derived["head"]
 
 
 class Reference(TokenModel):

@@ -16,19 +16,24 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from transformers import PreTrainedModel
 
 from agents.checkpointing import prepare_checkpointing
 from agents.decoder import CachedDecoder
 from agents.frozen_layers import count_frozen, freeze_below, round_frozen, shard_layers
-from agents.heads import Head, log_prob_of, mask_logits_, sample
+from agents.heads import log_prob_of, mask_logits_, sample
 from agents.language_model import LM, TokenModel, check_positions, load_lm
 from agents.lora import add_adapters
 from agents.masks import ActionMasks
 from agents.micro_batches import Evaluate, evaluate_in_parts
-from agents.packed import PackedLinear, can_pack
 from agents.ranks import agree_on_parts, gather_tokens, whole
-from agents.sequences import PAD, TokenBatch, n_minibatches, one_state_per_row
+from agents.sequences import (
+    PAD,
+    TokenBatch,
+    count_ids,
+    n_minibatches,
+    one_state_per_row,
+    require_token_actions,
+)
 from agents.value_network import ValueNetwork
 
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -290,7 +295,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
     def get_distribution(self, obs: th.Tensor) -> CategoricalDistribution:
         """Return SB3's distribution over the next token of each row, not differentiable."""
         hidden, lm = self.last_hidden(obs)
-        head = self._decoding_head(lm)
+        head = self.decoding_head(lm)
         logits = hidden.new_full(
             (len(hidden), self.vocab_size), th.finfo(th.float32).min, dtype=th.float32
         )
@@ -362,18 +367,6 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
 
     # --------------------------------------------------------------------------- inside
 
-    def _decoding_head(self, lm: PreTrainedModel) -> Head:
-        """Return the head for states that `lm` made; for a decoder's copy, kept with it."""
-        if lm is self.lm:
-            return self.head()
-        key = (self.allowed_tokens._version, self.temperature)
-        if self.decoder.derived.get("key") != key:
-            head = self.head(lm=lm)
-            if can_pack(head.weight.device, head.weight.dtype):
-                head = head._replace(product=PackedLinear(head.weight, head.bias))
-            self.decoder.derived.update(head=head, key=key)
-        return self.decoder.derived["head"]
-
     def _choose(
         self, obs: th.Tensor, masks: th.Tensor | None, deterministic: bool
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
@@ -390,7 +383,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         """
         hidden, lm = self.last_hidden(obs)
         rows = (obs[:, 0] != PAD).nonzero()[:, 0]
-        hidden, head = hidden[rows], self._decoding_head(lm)
+        hidden, head = hidden[rows], self.decoding_head(lm)
         logits = head.logits(hidden)
         if masks is not None:
             mask_logits_(logits, head.places_in(masks[rows]))
@@ -454,17 +447,6 @@ def vocab_size_of(observation_space: spaces.Space, action_space: spaces.Space) -
     Raises:
         ValueError: If they are not.
     """
-    fits = (
-        isinstance(observation_space, spaces.Box)
-        and isinstance(action_space, spaces.Discrete)
-        and len(observation_space.shape) == 1
-        and action_space.start == 0
-        and (observation_space.low == PAD).all()
-        and (observation_space.high == action_space.n - 1).all()
-    )
-    if not fits:
-        raise ValueError(
-            "expected observations in a one-dimensional Box of token ids, -1 to V - 1, and "
-            f"actions in Discrete(V), got {observation_space} and {action_space}"
-        )
-    return int(action_space.n)
+    n_tokens = count_ids(observation_space)
+    require_token_actions(action_space, n_tokens)
+    return n_tokens

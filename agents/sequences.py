@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 
 PAD = -1
 """What fills an observation to the right of its last token. No token has this id."""
@@ -38,6 +39,40 @@ class TokenBatch(NamedTuple):
     masks: th.Tensor | None = None
     old_log_prob: th.Tensor | None = None
     frozen: th.Tensor | None = None
+
+
+def count_ids(observation_space: spaces.Space) -> int:
+    """Return V of a space of observations: a one-dimensional Box of ids, -1 to V - 1.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    fits = (
+        isinstance(observation_space, spaces.Box)
+        and len(observation_space.shape) == 1
+        and (observation_space.low == PAD).all()
+        and (observation_space.high == observation_space.high[0]).all()
+    )
+    if not fits:
+        raise ValueError(
+            "expected observations in a one-dimensional Box of token ids, -1 to V - 1, got "
+            f"{observation_space}"
+        )
+    return int(observation_space.high[0]) + 1
+
+
+def require_token_actions(action_space: spaces.Space, n_tokens: int) -> None:
+    """Require one action per token.
+
+    Raises:
+        ValueError: If the actions are others.
+    """
+    fits = isinstance(action_space, spaces.Discrete) and action_space.start == 0
+    if not fits or action_space.n != n_tokens:
+        raise ValueError(
+            f"expected actions in Discrete({n_tokens}), one per token of the observations, got "
+            f"{action_space}"
+        )
 
 
 def lengths(ids: th.Tensor) -> th.Tensor:

@@ -43,11 +43,13 @@ class Episodes:
     """B rows, each in one of two states: active (an episode is under way) or not (ended, or held).
 
     A row's prompts depend on its own generator and history only, so row i of any batch goes the way
-    of a batch of one with row i's seed (with `shuffle=False` the rows share one pass instead).
+    of a batch of one with row i's seed (with `shuffle=False` the rows share one pass instead). The
+    rows of a group have one seed, and so the same prompts in the same order.
 
     Args:
         task: What all rows have in common.
         num_rows: Number of rows, B.
+        group_size: Rows in each group, neighbours; they divide B.
 
     Attributes:
         ids: Shape (B, L), int64: prompt and completion, padded at the right with -1.
@@ -56,11 +58,16 @@ class Episodes:
         active: Shape (B,), bool.
     """
 
-    def __init__(self, task: TextTask, num_rows: int) -> None:
+    def __init__(self, task: TextTask, num_rows: int, group_size: int = 1) -> None:
         if num_rows < 1:
             raise ValueError(f"num_envs: expected at least 1, got {num_rows}")
+        if group_size < 1 or num_rows % group_size:
+            raise ValueError(
+                f"group_size: expected a divisor of num_envs={num_rows}, got {group_size}"
+            )
         self.task = task
         self.num_rows = num_rows
+        self.group_size = group_size
         width = task.max_prompt_tokens + task.max_new_tokens
         self.ids = np.full((num_rows, width), PADDING, dtype=np.int64)
         self.lengths = np.zeros(num_rows, dtype=np.int64)
@@ -75,11 +82,19 @@ class Episodes:
 
     def generator(self, row: int) -> np.random.Generator:
         """The row's generator; seeded by the operating system if nothing else has."""
+        if self._generators[row] is None:
+            _, seed = seeding.np_random()
+            first = row - row % self.group_size
+            for mate in range(first, first + self.group_size):
+                if self._generators[mate] is None:
+                    self.seed(mate, seed)
         generator = self._generators[row]
-        if generator is None:
-            generator, _ = seeding.np_random()
-            self.use_generator(row, generator)
+        assert generator is not None
         return generator
+
+    def group_seeds(self, seed: int) -> list[int]:
+        """One seed per row: `seed` for the first group, one more for each further group."""
+        return [seed + row // self.group_size for row in range(self.num_rows)]
 
     def use_generator(self, row: int, generator: np.random.Generator) -> None:
         """Give the row a generator and begin a new order of prompts."""
@@ -129,7 +144,7 @@ class Episodes:
         size = len(self.task.prompts)
         if self.task.shuffle:
             return ShuffledOrder(size, generator)
-        return FixedOrder(size, row, self.num_rows)
+        return FixedOrder(size, row // self.group_size, self.num_rows // self.group_size)
 
     def hold(self, rows: np.ndarray) -> None:
         """Empty these rows: their observation is all padding until they are reset.

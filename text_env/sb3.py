@@ -1,7 +1,7 @@
 """The Stable-Baselines3 `VecEnv` face: B rows, one reward call for all that end at a step."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -28,6 +28,8 @@ class TextVecEnv(VecEnv):
 
     Args:
         num_envs: Number of rows, B.
+        group_size: So many neighbouring rows get the same prompts in the same order, as RLOO and
+            GRPO need it: `seed(s)` gives group g the seed s + g.
         autoreset: With False, a row whose episode has ended is held: its observation is all -1
             (from the ending step on), its reward 0, done False, and its action ignored, until
             `reset`.
@@ -39,6 +41,7 @@ class TextVecEnv(VecEnv):
         self,
         num_envs: int = 1,
         *,
+        group_size: int = 1,
         autoreset: bool = True,
         render_mode: str | None = None,
         **arguments: Any,
@@ -46,7 +49,7 @@ class TextVecEnv(VecEnv):
         self.autoreset = autoreset
         self.render_mode = checked_render_mode(render_mode)
         self.task = TextTask(**arguments)
-        self.episodes = Episodes(self.task, num_envs)
+        self.episodes = Episodes(self.task, num_envs, group_size)
         self.num_envs = num_envs  # VecEnv's constructor already calls get_attr
         super().__init__(num_envs, self.task.observation_space, self.task.action_space)
         self._actions: Any = None
@@ -66,6 +69,13 @@ class TextVecEnv(VecEnv):
     def allowed_tokens(self) -> np.ndarray:
         """Tokens that may be allowed at all, shape (V,), bool, read-only."""
         return self.task.vocabulary.allowed_tokens
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """Seed the rows at the next reset: a group's rows alike, each group by one more."""
+        first = super().seed(seed)[0]
+        assert first is not None
+        self._seeds = list(self.episodes.group_seeds(first))
+        return self._seeds
 
     def reset(self) -> np.ndarray:
         """Begin an episode in every row, with the seeds and options set before (used once).

@@ -24,6 +24,8 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     Args:
         num_envs: Number of rows, B.
+        group_size: So many neighbouring rows get the same prompts in the same order:
+            `reset(seed=s)` gives group g the seed s + g.
         autoreset_mode: What happens to a row whose episode has ended. NEXT_STEP: the next step
             resets it and ignores its action. SAME_STEP: it is reset at once; `infos` has
             "final_obs" and "final_info". DISABLED: it is held (observation all -1, reward 0, action
@@ -36,6 +38,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self,
         num_envs: int = 1,
         *,
+        group_size: int = 1,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
         **arguments: Any,
@@ -45,7 +48,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.render_mode = checked_render_mode(render_mode)
         self.num_envs = num_envs
         self.task = TextTask(**arguments)
-        self.episodes = Episodes(self.task, num_envs)
+        self.episodes = Episodes(self.task, num_envs, group_size)
         self.single_observation_space = self.task.observation_space
         self.single_action_space = self.task.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -75,8 +78,8 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Begin an episode in every row, or in those of a mask.
 
         Args:
-            seed: s gives the rows the seeds s, s + 1, ...; or one for each row, None leaving its
-                generator.
+            seed: s gives the rows (or groups of rows) the seeds s, s + 1, ...; or one for each
+                row, None leaving its generator.
             options: "reset_mask", shape (B,), bool: rows to reset. "prompt": begins all of them
                 with it.
 
@@ -154,7 +157,7 @@ class TextVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if seed is None:
             return [None] * self.num_envs
         if isinstance(seed, int | np.integer):
-            return [int(seed) + row for row in range(self.num_envs)]
+            return list(self.episodes.group_seeds(int(seed)))
         if len(seed) != self.num_envs:
             raise ValueError(f"seed: expected {self.num_envs} seeds, got {len(seed)}")
         return seed

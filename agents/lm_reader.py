@@ -1,0 +1,71 @@
+"""A language model that reads observations for agents that have none of their own."""
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.utils import get_device
+
+from agents.decoder import CachedDecoder
+from agents.heads import mask_logits_
+from agents.language_model import LM, TokenModel, load_lm
+
+
+class LMReader(TokenModel):
+    """What a causal LM makes of observations: its last hidden states and likeliest next tokens.
+
+    Observations that go on where the last ones ended cost one token each (`agents.decoder`), and
+    those seen last nothing: wrappers around one environment do well to share a reader.
+    """
+
+    def __init__(self, lm: LM, vocab_size: int, device: th.device | str = "auto") -> None:
+        """Load the model; a live one is used as it is, and may go on learning elsewhere.
+
+        Args:
+            lm: The causal LM.
+            vocab_size: V, tokens of the observations.
+            device: As in SB3.
+        """
+        super().__init__()
+        self.lm = load_lm(lm, vocab_size).to(get_device(device))
+        self.vocab_size, self.temperature = vocab_size, 1.0
+        self.register_buffer("allowed_tokens", th.ones(vocab_size, dtype=th.bool))
+        self.decoder = CachedDecoder(self.lm)
+        self.to(self.lm.device)
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the size of a hidden state."""
+        return self.lm.config.get_text_config().hidden_size
+
+    @th.no_grad()
+    def read(self, obs: np.ndarray) -> np.ndarray:
+        """Return the hidden state at each observation's last token: (n, L) ids to (n, H) float32.
+
+        A row of nothing but -1 gets 0.
+        """
+        hidden, _ = self.last_hidden(self._ids(obs))
+        return hidden.float().cpu().numpy()
+
+    def read_aside(self, obs: np.ndarray) -> np.ndarray:
+        """Do `read` for observations beside the ones that go on, remembering nothing."""
+        return self.decoder.once(self._ids(obs)).float().cpu().numpy()
+
+    @th.no_grad()
+    def likeliest(self, obs: np.ndarray, k: int, masks: np.ndarray | None = None) -> np.ndarray:
+        """Return the k likeliest next tokens.
+
+        Args:
+            obs: (n, L) ids, right-padded with -1.
+            k: How many, at most V.
+            masks: (n, V) bool, tokens allowed now; the others come last.
+
+        Returns:
+            (n, k) int64, the likeliest first.
+        """
+        hidden, lm = self.last_hidden(self._ids(obs))
+        logits = self.decoding_head(lm).logits(hidden)
+        if masks is not None:
+            mask_logits_(logits, th.as_tensor(np.array(masks), device=logits.device))
+        return logits.topk(k, dim=1).indices.cpu().numpy()
+
+    def _ids(self, obs: np.ndarray) -> th.Tensor:
+        return th.as_tensor(np.asarray(obs), device=self.lm.device).long()

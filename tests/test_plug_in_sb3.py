@@ -22,7 +22,7 @@ from stable_baselines3.common.vec_env import (
 )
 from test_agents_token_ppo import arguments, count_a
 
-import text_env  # noqa: F401  registers the environment
+import text_env
 from agents import TokenEmbeddingExtractor
 
 ID = "TextEnvironment-v0"

@@ -1,0 +1,186 @@
+"""The report on a grid of runs: a table, pictures, and the raw figures."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+
+from benchmarks.statistics import (
+    bootstrap_interval,
+    interquartile_mean,
+    performance_profile,
+    probability_of_improvement,
+)
+from benchmarks.throughput import machine
+
+Results = Sequence[dict[str, Any]]
+OURS = ("TokenPPO", "TokenA2C", "TokenRLOO", "TokenGRPO")
+CURVES = ("DQN", "A2C", "PPO", "PPO, LM", "expert iteration", *OURS)
+"""Algorithms that are drawn as they learn; more would hide one another."""
+
+
+def write_report(results: Results, out: Path) -> Path:
+    """Write baselines.md, .png, .csv and .json; return the first's path."""
+    tasks = list(dict.fromkeys(r["task"] for r in results))
+    scores = {task: finals(results, task) for task in tasks}
+    parts = ["# Baselines", f"{len(results)} runs. Machine: {machine(1)} (one thread a run)."]
+    parts.append(table(results, scores))
+    parts.append(NOTE)
+    parts += ["![learning curves](baselines.png)", "![all tasks](baselines-all.png)"]
+    draw_curves(results, tasks, out / "baselines.png")
+    draw_summary(scores, out / "baselines-all.png")
+    with (out / "baselines.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = [{**key(r), **point} for r in results for point in r["points"]]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    (out / "baselines.json").write_text(json.dumps(list(results), indent=1), encoding="utf-8")
+    (out / "baselines.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return out / "baselines.md"
+
+
+NOTE = """`gain` is the interquartile mean over the seeds of the share of the optimal gain over the
+reference (0: the reference, 1: the optimum), with a stratified bootstrap interval of 95 %. On
+*letters* it is exact, of score less β·KL, and `KL` is the exact divergence in nats per completion;
+the classic algorithms are not told of β. `s` is the median seconds of learning.
+`over` is the probability that a run of TokenPPO is better than one of this algorithm, mean over the
+tasks that both have."""
+
+
+def key(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what names a run."""
+    return {name: result[name] for name in ("task", "algorithm", "seed", "candidate")}
+
+
+def finals(results: Results, task: str) -> dict[str, np.ndarray]:
+    """Return each algorithm's gains at the end of its runs on a task, (runs,)."""
+    found: dict[str, list[float]] = {}
+    for result in results:
+        if result["task"] == task:
+            found.setdefault(result["algorithm"], []).append(result["points"][-1]["gain"])
+    return {name: np.array(gains) for name, gains in found.items()}
+
+
+def table(results: Results, scores: dict[str, dict[str, np.ndarray]]) -> str:
+    """Format the figures at the end of the runs as Markdown."""
+    names = list(dict.fromkeys(name for found in scores.values() for name in found))
+    exact = {r["task"] for r in results if "ref_kl" in r["points"][-1]}
+    heads = []
+    for task in scores:
+        heads += [f"{task}: gain", *(["KL"] if task in exact else []), "s"]
+    lines = ["| | " + " | ".join([*heads, "over"]) + " |", "|---|" + "---|" * (len(heads) + 1)]
+    for name in names:
+        cells = []
+        for task, found in scores.items():
+            last = [
+                r["points"][-1] for r in results if r["task"] == task and r["algorithm"] == name
+            ]
+            if not last:
+                cells += [""] * (3 if task in exact else 2)
+                continue
+            cells.append(interval(found[name]))
+            if task in exact:
+                cells.append(f"{np.median([p['ref_kl'] for p in last]):.2f}")
+            cells.append(f"{np.median([p['seconds'] for p in last]):.0f}")
+        lines.append(f"| {name} | " + " | ".join([*cells, improvement(scores, name)]) + " |")
+    return "\n".join(lines)
+
+
+def interval(gains: np.ndarray) -> str:
+    """Format an interquartile mean with its interval, where there are several runs."""
+    if len(gains) == 1:
+        return f"{gains[0]:.2f}"
+    low, high = bootstrap_interval(gains[:, None])
+    return f"{interquartile_mean(gains):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def improvement(scores: dict[str, dict[str, np.ndarray]], name: str) -> str:
+    """Format the probability that TokenPPO is better than an algorithm, over common tasks."""
+    common = [found for found in scores.values() if name in found and "TokenPPO" in found]
+    if name == "TokenPPO" or not common:
+        return ""
+    each = [
+        probability_of_improvement(found["TokenPPO"][:, None], found[name][:, None])
+        for found in common
+    ]
+    return f"{np.mean(each):.2f}"
+
+
+def draw_curves(results: Results, tasks: Sequence[str], path: Path) -> None:
+    """Draw the gain against tokens and against seconds, with bands from worst to best seed."""
+    colours = dict(zip(CURVES, plt.colormaps["tab10"].colors, strict=False))
+    figure, axes = plt.subplots(
+        2, len(tasks), figsize=(4.2 * len(tasks), 6.4), layout="constrained", squeeze=False
+    )
+    for column, task in enumerate(tasks):
+        for row, unit in enumerate(("tokens", "seconds")):
+            axis = axes[row][column]
+            for name, colour in colours.items():
+                runs = [
+                    r["points"] for r in results if r["task"] == task and r["algorithm"] == name
+                ]
+                if not runs:
+                    continue
+                n = min(len(points) for points in runs)
+                x = np.median([[p[unit] for p in points[:n]] for points in runs], axis=0)
+                y = np.array([[p["gain"] for p in points[:n]] for points in runs])
+                style = {"color": colour, "linewidth": 2 if name in OURS else 1.2}
+                style["linestyle"] = "-" if name in OURS else "--"
+                axis.plot(x, [interquartile_mean(column) for column in y.T], label=name, **style)
+                axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.1)
+            for n, line in ((16, ":"),):
+                level = finals(results, task).get(f"best of {n}")
+                if level is not None:
+                    axis.axhline(level[0], color="black", linestyle=line, label=f"best of {n}")
+            axis.set(title=task if row == 0 else "", xlabel=unit, ylim=(-0.3, 1.05))
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0][0].set_ylabel("share of the optimal gain")
+        axes[1][0].set_ylabel("share of the optimal gain")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_summary(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Draw the interquartile means over all tasks, and the performance profiles."""
+    names = [
+        name
+        for name in dict.fromkeys(name for found in scores.values() for name in found)
+        if all(name in found and len(found[name]) > 1 for found in scores.values())
+    ]
+    runs = min(len(found[name]) for found in scores.values() for name in names)
+    stacked = {
+        name: np.stack([found[name][:runs] for found in scores.values()], axis=1) for name in names
+    }
+    order = sorted(names, key=lambda name: interquartile_mean(stacked[name]))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for height, name in enumerate(order):
+        low, high = bootstrap_interval(stacked[name])
+        colour = "#1f5fa8" if name in OURS else "#8a93a0"
+        left.barh(height, high - low, left=low, color=colour, alpha=0.45)
+        left.plot(
+            [interquartile_mean(stacked[name])] * 2, [height - 0.4, height + 0.4], color=colour
+        )
+    left.set_yticks(range(len(order)), order)
+    left.set(xlabel="share of the optimal gain, interquartile mean and 95 % interval")
+    thresholds = np.linspace(-0.1, 1, 111)
+    colours = dict(zip(CURVES, plt.colormaps["tab10"].colors, strict=False))
+    for name in (name for name in CURVES if name in stacked):
+        share = performance_profile(stacked[name], thresholds)
+        line = "-" if name in OURS else "--"
+        right.plot(thresholds, share, label=name, color=colours[name], linestyle=line)
+    right.set(xlabel="share of the optimal gain, τ", ylabel="share of runs above τ")
+    right.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow bench bench-ppo check format lint type clean
+.PHONY: demo test test-slow bench bench-ppo benchmark test-plug-ins check format lint type clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,14 @@ test: $(BIN)/.installed  ## the quick tests, offline
 test-slow: $(BIN)/.installed  ## the slow ones, and those that fetch assets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or network'
 
+test-plug-ins: $(VENV)-plug-ins/.installed  ## Tianshou, TorchRL, RLlib, skrl and TRL, in an environment of their own
+	OMP_NUM_THREADS=1 $(VENV)-plug-ins/bin/python -m pytest -m plug_ins tests/test_plug_in_libraries.py
+
+$(VENV)-plug-ins/.installed: pyproject.toml constraints-plug-ins.txt
+	$(PYTHON) -m venv $(VENV)-plug-ins
+	$(VENV)-plug-ins/bin/python -m pip install --quiet -c constraints-plug-ins.txt -e '.[plug-ins]'
+	touch $@
+
 bench: $(BIN)/.installed  ## speed against a bare loop, generate, stock SB3 and TRL: runs/throughput/throughput.md
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.throughput
@@ -29,6 +37,9 @@ bench-ppo:  ## the same against the last TRL with a PPO trainer, in an environme
 	$(VENV)-ppo/bin/python -m pip install --quiet -c $(VENV)-ppo/constraints.txt -e '.[gguf]' datasets trl==1.12.0
 	TRL_EXPERIMENTAL_SILENCE=1 $(VENV)-ppo/bin/python -m benchmarks.throughput --workloads tiny real \
 		--peers "bare loop" TokenPPO "TRL PPO" --out runs/throughput-ppo
+
+benchmark: $(BIN)/.installed  ## algorithms against each other: runs/baselines/baselines.md
+	$(BIN)/python -m benchmarks.baselines
 
 check: lint type test  ## what CI runs first
 
@@ -45,4 +56,4 @@ type: $(BIN)/.installed
 	$(BIN)/mypy train.py benchmarks
 
 clean:
-	rm -rf $(VENV) $(VENV)-ppo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-ppo $(VENV)-plug-ins .mypy_cache .pytest_cache .ruff_cache .hypothesis

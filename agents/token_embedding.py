@@ -31,4 +31,4 @@ class TokenEmbeddingExtractor(BaseFeaturesExtractor):
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """Map ids (n, L), as floats since SB3 makes them so, to features (n, L·D)."""
-        return self.embedding(observations.long() + 1).flatten(start_dim=1)
+        return self.embedding(observations.long() + 1).flatten(start_dim=-2)

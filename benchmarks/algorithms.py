@@ -7,7 +7,7 @@ classic ones a small network over embedded ids. None is told anything but observ
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch as th
@@ -15,18 +15,17 @@ from sb3_contrib import QRDQN, TRPO, MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
 
 from agents import (
     CausalLMPolicy,
-    LMReader,
     TokenA2C,
-    TokenEmbeddingExtractor,
     TokenGRPO,
     TokenPPO,
     TokenRLOO,
 )
 from agents.sequences import PAD, TokenBatch, pad_right
-from benchmarks.small_tasks import Policy, Task
+from benchmarks.small_tasks import SmallTask, one_hot
 
 Settings = dict[str, Any]
 
@@ -36,6 +35,45 @@ class Budget(NamedTuple):
 
     tokens: int
     seconds: float
+
+
+Policy = Any
+"""What a task makes of a policy or network, and measures: `Task.from_lm`, `Task.from_network`."""
+
+
+class Task(Protocol):
+    """What the algorithms need to know of a task.
+
+    Attributes:
+        beta: Weight of the KL penalty.
+        max_new_tokens: Tokens of the longest completion.
+    """
+
+    beta: float
+    max_new_tokens: int
+
+    @property
+    def network_kwargs(self) -> dict[str, Any]:
+        """Return `policy_kwargs` of algorithms with a small network."""
+
+    @property
+    def lm_kwargs(self) -> dict[str, Any]:
+        """Return `policy_kwargs` of algorithms whose policy is a language model."""
+
+    def env(self, num_envs: int, **changes: Any) -> VecEnv:
+        """Return the environment; changes are arguments of `TextVecEnv`."""
+
+    def network_env(self, num_envs: int) -> VecEnv:
+        """Return the environment as algorithms with a small network have it."""
+
+    def uniform(self) -> Policy:
+        """Return a writer of random tokens."""
+
+    def from_lm(self, policy: CausalLMPolicy, greedy: bool = False) -> Policy:
+        """Return what a language model does, sampling or not."""
+
+    def from_network(self, read: Callable[[np.ndarray], np.ndarray]) -> Policy:
+        """Return what a network does that maps observations to probabilities of actions."""
 
 
 class Curve:
@@ -71,35 +109,27 @@ Learner = Callable[[Task, Settings, int, Curve], None]
 
 def uniform(task: Task, settings: Settings, seed: int, curve: Curve) -> None:
     """Write words at random."""
-    curve.visit(0, lambda obs: np.full((len(obs), task.vocab_size), 1 / task.vocab_size))
+    curve.visit(0, task.uniform())
 
 
-def reference(task: Task, settings: Settings, seed: int, curve: Curve) -> None:
-    """Leave the language model as it is."""
-    curve.visit(0, lm_policy(task))
+def untouched(
+    task: Task, settings: Settings, seed: int, curve: Curve, greedy: bool = False
+) -> None:
+    """Leave the language model as it is; sample from it, or take its likeliest words."""
+    curve.visit(0, task.from_lm(reference(task), greedy=greedy))
 
 
-def greedy(task: Task, settings: Settings, seed: int, curve: Curve) -> None:
-    """Write the language model's likeliest words."""
-    policy = lm_policy(task)
-    curve.visit(0, lambda obs: one_hot(policy(obs)))
+def reference(task: Task) -> CausalLMPolicy:
+    """Return the task's language model as a policy."""
+    return lm_policy(task, task.env(1), learning_rate=0.0)
 
 
-def lm_policy(task: Task) -> Policy:
-    """Return the reference as a policy."""
-    reader = LMReader(task.lm(), task.vocab_size, device="cpu")
-
-    def probabilities(obs: np.ndarray) -> np.ndarray:
-        with th.no_grad():
-            hidden = reader.decoder.once(th.from_numpy(obs).long())
-            return reader.head().logits(hidden).softmax(dim=1).double().numpy()
-
-    return probabilities
-
-
-def one_hot(preferences: np.ndarray) -> np.ndarray:
-    """Give all probability to each row's highest preference, (n, V) to (n, V)."""
-    return np.eye(preferences.shape[1])[preferences.argmax(axis=1)]
+def lm_policy(task: Task, env: VecEnv, learning_rate: float) -> CausalLMPolicy:
+    """Return a policy around the task's language model, with an optimizer."""
+    spaces = env.observation_space, env.action_space
+    policy = CausalLMPolicy(*spaces, lambda _: learning_rate, **task.lm_kwargs)
+    policy.allowed_tokens.copy_(th.from_numpy(np.array(env.get_attr("allowed_tokens")[0])))
+    return policy
 
 
 # -------------------------------------------------------------------------- Stable-Baselines3
@@ -128,14 +158,11 @@ def classic(
 ) -> None:
     """Learn with a stock algorithm and its own network over embedded ids."""
     settings = prepared(settings)
-    settings["policy_kwargs"] = {
-        "features_extractor_class": TokenEmbeddingExtractor,
-        **settings.get("policy_kwargs", {}),
-    }
+    settings["policy_kwargs"] = task.network_kwargs | settings.get("policy_kwargs", {})
     name = "MlpLstmPolicy" if algorithm is RecurrentPPO else "MlpPolicy"
-    env = task.env(settings.pop("num_envs"))
+    env = task.network_env(settings.pop("num_envs"))
     model = algorithm(name, env, gamma=1.0, seed=seed, device="cpu", **settings)
-    learn(model, partial(READ[algorithm], model), curve)
+    learn(model, task.from_network(partial(READ[algorithm], model)), curve)
 
 
 def with_lm(
@@ -151,9 +178,9 @@ def with_lm(
     else:
         settings["gamma"] = 1.0
     env = task.env(settings.pop("num_envs"), **changes)
-    settings["policy_kwargs"] = {"lm": task.lm(), **settings.get("policy_kwargs", {})}
+    settings["policy_kwargs"] = task.lm_kwargs | settings.get("policy_kwargs", {})
     model = algorithm("CausalLMPolicy", env, seed=seed, device="cpu", **settings)
-    learn(model, partial(read_actor, model), curve)
+    learn(model, task.from_lm(model.policy), curve)
 
 
 def prepared(settings: Settings) -> Settings:
@@ -219,41 +246,37 @@ READ = {
 def expert_iteration(task: Task, settings: Settings, seed: int, curve: Curve) -> None:
     """Write, keep the best of each prompt, learn to write those; and round again.
 
-    Settings: `num_envs` completions a round, the share `keep` of them is learned from, for
-    `n_epochs` passes with `learning_rate`.
+    Settings: `num_envs` completions a round, `group_size` of each prompt, of which the share `keep`
+    is learned from, for `n_epochs` passes with `learning_rate`.
     """
     th.manual_seed(seed)
-    env = task.env(settings["num_envs"], autoreset=False)
+    size = settings["group_size"]
+    env = task.env(settings["num_envs"], group_size=size, autoreset=False)
     env.seed(seed)
-    lm_settings = {"lm": task.lm(), "temperature": 1.0}
-    rate = settings["learning_rate"]
-    actor = CausalLMPolicy(env.observation_space, env.action_space, lambda _: rate, **lm_settings)
-
-    @th.no_grad()
-    def policy(obs: np.ndarray) -> np.ndarray:
-        return actor.get_distribution(th.from_numpy(obs)).distribution.probs.double().numpy()
-
-    tokens = 0
+    actor = lm_policy(task, env, settings["learning_rate"])
+    policy, tokens = task.from_lm(actor), 0
     while curve.visit(tokens, policy) and tokens < curve.budget.tokens:
         obs, paid = env.reset(), np.zeros(env.num_envs)
-        written: dict[int, tuple[np.ndarray, float]] = {}
+        n_prompt = (obs != PAD).sum(axis=1)
+        written: dict[int, np.ndarray] = {}
         while len(written) < env.num_envs:
-            obs, rewards, dones, infos = env.step(actor.predict(obs)[0])
+            masks = np.stack(env.env_method("action_masks"))
+            obs, rewards, dones, infos = env.step(actor.predict(obs, action_masks=masks)[0])
             paid += rewards
             for row in np.flatnonzero(dones).tolist():
                 last = infos[row]["terminal_observation"]
-                written[row] = (last[last != PAD], paid[row])
-        rows = [written[row] for row in range(env.num_envs)]
-        tokens += sum(len(ids) - 1 for ids, _ in rows)
-        best = []
-        for prompt in task.prompts:
-            mine = sorted((r for r in rows if r[0][0] == prompt), key=lambda r: -r[1])
-            best += [ids for ids, _ in mine[: max(1, round(settings["keep"] * len(mine)))]]
-        ids = th.from_numpy(pad_right(best))
-        row, column = (ids[:, 1:] != PAD).nonzero(as_tuple=True)
+                written[row] = last[last != PAD]
+        tokens += sum(len(ids) for ids in written.values()) - int(n_prompt.sum())
+        ranks = (-paid).reshape(-1, size).argsort(axis=1, kind="stable")
+        ranks += size * np.arange(len(ranks))[:, None]
+        best = ranks[:, : max(1, round(settings["keep"] * size))].reshape(-1)
+        ids = th.from_numpy(pad_right([written[row] for row in best.tolist()]))
+        place = th.arange(ids.shape[1] - 1)
+        learned = (ids[:, 1:] != PAD) & (place >= th.from_numpy(n_prompt[best])[:, None] - 1)
+        row, column = learned.nonzero(as_tuple=True)
         batch = TokenBatch(ids, row, column)
         for _ in range(settings["n_epochs"]):
-            _, log_prob, _ = actor.evaluate_actions(batch, ids[:, 1:][row, column])
+            _, log_prob, _ = actor.evaluate_actions(batch, ids[row, column + 1])
             actor.optimizer.zero_grad()
             (-log_prob.mean()).backward()
             th.nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
@@ -261,7 +284,9 @@ def expert_iteration(task: Task, settings: Settings, seed: int, curve: Curve) ->
     curve.visit(tokens, policy, last=True)
 
 
-def tabular(task: Task, settings: Settings, seed: int, curve: Curve, sarsa: bool = False) -> None:
+def tabular(
+    task: SmallTask, settings: Settings, seed: int, curve: Curve, sarsa: bool = False
+) -> None:
     """Learn a table of Q values: Q-learning (Watkins 1989) or SARSA (Rummery & Niranjan 1994).
 
     Settings: `num_envs`, `learning_rate`; ε falls from 1 to `final_epsilon` over the first
@@ -305,8 +330,8 @@ def tabular(task: Task, settings: Settings, seed: int, curve: Curve, sarsa: bool
 
 LEARNERS: dict[str, Learner] = {
     "random": uniform,
-    "reference": reference,
-    "greedy": greedy,
+    "reference": untouched,
+    "greedy": partial(untouched, greedy=True),
     "expert iteration": expert_iteration,
     "Q-learning": tabular,
     "SARSA": partial(tabular, sarsa=True),

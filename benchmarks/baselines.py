@@ -5,7 +5,7 @@
 
 Each run is a file under <out>/results: what is there already, with the same settings and budget, is
 not run again, so that a stopped grid goes on where it was. Writes baselines.md, .png, .csv and
-.json. Settings are in configs/baselines.yaml.
+.json. Settings are in benchmarks/baselines.yaml.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-CONFIG = Path("configs/baselines.yaml")
+CONFIG = Path(__file__).with_suffix(".yaml")
 TUNING_SEED = 1000
 """Of the runs that settings are chosen by; others than the grid's."""
 

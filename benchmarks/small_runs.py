@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from benchmarks.algorithms import LEARNERS, Budget, Curve, Policy, Settings, lm_policy
-from benchmarks.small_tasks import SMALL_TASKS, Enumeration, Task
+from benchmarks.algorithms import LEARNERS, Budget, Curve, Settings, reference
+from benchmarks.small_tasks import SMALL_TASKS, Enumeration, Policy, SmallTask
 
 RANDOM = 0.25
 """Score of random words where completions are not enumerated; the reference's is the same."""
@@ -19,7 +19,8 @@ def run_small(
 ) -> list[Point]:
     """Do a run on a small task; return what was measured as it went on."""
     task = SMALL_TASKS[name]
-    enumeration = Enumeration(task, lm_policy(task)) if task.beta > 0 else None
+    untouched = task.from_lm(reference(task))
+    enumeration = Enumeration(task, untouched) if task.beta > 0 else None
 
     def measure(policy: Policy) -> Point:
         if enumeration is None:
@@ -29,7 +30,7 @@ def run_small(
     if algorithm.startswith("best of "):
         n = int(algorithm.removeprefix("best of "))
         if enumeration is None:
-            found = sampled(sampled_best_of(task, n))
+            found = sampled(sampled_best_of(task, untouched, n))
         else:
             found = exact(enumeration, enumeration.best_of(n))
         return [{"tokens": 0, "seconds": 0.0, **found}]
@@ -52,8 +53,7 @@ def sampled(score: float) -> Point:
     return {"score": score, "gain": (score - RANDOM) / (1 - RANDOM)}
 
 
-def sampled_best_of(task: Task, n: int, prompts: int = 128) -> float:
-    """Return the mean score of the best of n completions of the reference, per prompt."""
-    policy = lm_policy(task)
+def sampled_best_of(task: SmallTask, policy: Policy, n: int, prompts: int = 128) -> float:
+    """Return the mean score of the best of n completions that a policy writes, per prompt."""
     rounds = [task.scores(task.write(policy, prompts, seed)) for seed in range(n)]
     return float(np.max(rounds, axis=0).mean())

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import WordPiece
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
+from agents import CausalLMPolicy, TokenEmbeddingExtractor
 from text_env import TextVecEnv
 
 Policy = Callable[[np.ndarray], np.ndarray]
@@ -25,8 +26,10 @@ Policy = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Task:
+class SmallTask:
     """A text generation task over a small vocabulary of words w0, w1, ...
+
+    A policy is what maps observations (n, L) to probabilities of the next token (n, V).
 
     Args:
         name: What it is called.
@@ -104,6 +107,38 @@ class Task:
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
 
+    def network_env(self, num_envs: int) -> VecEnv:
+        """Return the environment for algorithms with a small network."""
+        return self.env(num_envs)
+
+    @property
+    def network_kwargs(self) -> dict[str, Any]:
+        """What such a network is told: to embed ids."""
+        return {"features_extractor_class": TokenEmbeddingExtractor}
+
+    @property
+    def lm_kwargs(self) -> dict[str, Any]:
+        """What a policy that is a language model is told."""
+        return {"lm": self.lm()}
+
+    def uniform(self) -> Policy:
+        """Return a writer of random words."""
+        return lambda obs: np.full((len(obs), self.vocab_size), 1 / self.vocab_size)
+
+    def from_lm(self, policy: CausalLMPolicy, greedy: bool = False) -> Policy:
+        """Return what a language model does, sampling or not."""
+
+        @th.no_grad()
+        def probabilities(obs: np.ndarray) -> np.ndarray:
+            found = policy.get_distribution(th.from_numpy(obs)).distribution.probs
+            return one_hot(found.numpy()) if greedy else found.double().numpy()
+
+        return probabilities
+
+    def from_network(self, read: Policy) -> Policy:
+        """Return what a network does: it reads the observations themselves."""
+        return read
+
     def write(self, policy: Policy, n: int, seed: int) -> np.ndarray:
         """Let a policy write n completions, prompts in turn: ids (n, L), padded with -1."""
         generator = np.random.default_rng(seed)
@@ -132,10 +167,15 @@ class Task:
         return float(self.scores(self.write(policy, n, seed)).mean())
 
 
+def one_hot(preferences: np.ndarray) -> np.ndarray:
+    """Give all probability to each row's highest preference, (n, V) to (n, V)."""
+    return np.eye(preferences.shape[1])[preferences.argmax(axis=1)]
+
+
 class DenselyPaid(VecEnvWrapper):
     """Pays each token for what it adds to the score."""
 
-    def __init__(self, venv: VecEnv, task: Task) -> None:
+    def __init__(self, venv: VecEnv, task: SmallTask) -> None:
         super().__init__(venv)
         self.task = task
 
@@ -177,7 +217,7 @@ class Enumeration:
         optimum: max over π of E_π[score] − β·KL(π‖π_ref) = β·log E_ref[exp(score / β)].
     """
 
-    def __init__(self, task: Task, reference: Policy) -> None:
+    def __init__(self, task: SmallTask, reference: Policy) -> None:
         self.task = task
         words = range(task.vocab_size - 1)
         ended = [
@@ -268,10 +308,10 @@ def share_in_order(prompt: int, words: Sequence[int]) -> float:
     return float(np.mean([after % 4 == (before + 1) % 4 for before, after in pairs]))
 
 
-LETTERS = Task("letters", 7, (0,), 4, liked_letters, beta=0.3, ends=True, width=32)
+LETTERS = SmallTask("letters", 7, (0,), 4, liked_letters, beta=0.3, ends=True, width=32)
 """Enumerable: 6 letters and EOS, at most 4 tokens: 1,555 completions."""
-CLASSES = Task("classes", 256, (0, 1, 2, 3), 8, share_in_class)
+CLASSES = SmallTask("classes", 256, (0, 1, 2, 3), 8, share_in_class)
 """Vocabulary constraint, paid at the end: the prompt says which quarter of 256 words is wanted."""
-PATTERN = Task("pattern", 256, (0, 1, 2, 3), 16, share_in_order, dense=True)
+PATTERN = SmallTask("pattern", 256, (0, 1, 2, 3), 16, share_in_order, dense=True)
 """Target pattern, paid at each token: the word before says which quarter is wanted."""
 SMALL_TASKS = {task.name: task for task in (LETTERS, CLASSES, PATTERN)}

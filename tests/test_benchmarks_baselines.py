@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from benchmarks import baselines
-from benchmarks.algorithms import LEARNERS, Budget, lm_policy
+from benchmarks.algorithms import LEARNERS, Budget, reference
 from benchmarks.baselines import CONFIG, Job, candidates, choose, grid, run
 from benchmarks.baselines_report import write_report
 from benchmarks.small_runs import run_small
@@ -51,7 +51,7 @@ def test_performance_profile_by_hand() -> None:
 
 # ----------------------------------------------------------------------------------- tasks
 
-REFERENCE = lm_policy(LETTERS)
+REFERENCE = LETTERS.from_lm(reference(LETTERS))
 ENUMERATION = Enumeration(LETTERS, REFERENCE)
 
 

@@ -42,15 +42,15 @@ Policy = Any
 
 
 class Task(Protocol):
-    """What the algorithms need to know of a task.
+    """What the algorithms need to know of a task."""
 
-    Attributes:
-        beta: Weight of the KL penalty.
-        max_new_tokens: Tokens of the longest completion.
-    """
+    @property
+    def beta(self) -> float:
+        """Weight of the KL penalty."""
 
-    beta: float
-    max_new_tokens: int
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens of the longest completion."""
 
     @property
     def network_kwargs(self) -> dict[str, Any]:
@@ -100,8 +100,9 @@ class Curve:
         return seconds < self.budget.seconds
 
 
-Learner = Callable[[Task, Settings, int, Curve], None]
-"""Learns a task with settings and a seed, calling the curve's `visit` now and then."""
+Learner = Callable[[Any, Settings, int, Curve], None]
+"""Learns a `Task` (a `SmallTask`, if by a table) with settings and a seed, calling the curve's
+`visit` now and then."""
 
 
 # ------------------------------------------------------------------------ nothing learned

@@ -39,6 +39,7 @@ bench-ppo:  ## the same against the last TRL with a PPO trainer, in an environme
 		--peers "bare loop" TokenPPO "TRL PPO" --out runs/throughput-ppo
 
 benchmark: $(BIN)/.installed  ## algorithms against each other: runs/baselines/baselines.md
+	test -s benchmarks/baselines-chosen.yaml || $(BIN)/python -m benchmarks.baselines --tune
 	$(BIN)/python -m benchmarks.baselines
 
 check: lint type test  ## what CI runs first

@@ -16,6 +16,9 @@ from agents.buffer import TokenRolloutBuffer
 from agents.policy import CausalLMPolicy
 from agents.token_ppo import TokenPPO
 
+NOT_WITHOUT_A_CRITIC = {"gamma", "gae_lambda", "vf_coef", "value_warmup", "whole_episodes"}
+"""Arguments of TokenPPO that mean nothing where there is no critic."""
+
 Baseline = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Maps returns (B,) and the groups (B,) they belong to, 0 to G − 1, to advantages (B,)."""
 
@@ -106,8 +109,10 @@ class TokenRLOO(TokenPPO):
 
     A rollout is one whole episode per row of an environment that gives each prompt to several
     rows: `TextVecEnv(group_size=4, autoreset=False)`. `n_steps` must be as long as the longest.
-    As in TokenPPO the update may take several epochs, under the clipped ratio, and the KL penalty
-    is in the reward.
+    All completions of a prompt in a rollout are compared, of however many rows. As in TokenPPO the
+    update may take several epochs, under the clipped ratio, the KL penalty is in the reward, and
+    the loss is a mean over a minibatch's tokens, so that long completions weigh more than short
+    ones; the paper's is a mean over completions.
     """
 
     baseline: ClassVar[Baseline] = staticmethod(leave_one_out)
@@ -120,26 +125,42 @@ class TokenRLOO(TokenPPO):
         Args:
             policy: As in TokenPPO.
             env: As in TokenPPO; several rows for each prompt.
-            **arguments: TokenPPO's, by name. Those of a critic are without use.
+            **arguments: TokenPPO's, by name, but for those of returns and critics: `gamma`,
+                `gae_lambda`, `vf_coef`, `value_warmup`, and `whole_episodes`, which is True.
+
+        Raises:
+            TypeError: If one of these is given.
         """
-        own = {"vf_coef": 0.0, "normalize_advantage": False, "whole_episodes": True}
-        buffer = {
+        if refused := sorted(NOT_WITHOUT_A_CRITIC & set(arguments)):
+            raise TypeError(f"{type(self).__name__} has no critic: expected no {refused}")
+        arguments = {
+            "normalize_advantage": False,
             "rollout_buffer_class": GroupRolloutBuffer,
-            "rollout_buffer_kwargs": {"baseline": self.baseline},
+            **arguments,
         }
-        super().__init__(policy, env, **{**own, **buffer, **arguments})
+        buffer = {"baseline": self.baseline, **(arguments.pop("rollout_buffer_kwargs", None) or {})}
+        super().__init__(
+            policy,
+            env,
+            vf_coef=0.0,
+            whole_episodes=True,
+            rollout_buffer_kwargs=buffer,
+            **arguments,
+        )
 
     def train(self) -> None:
         """Update the policy as TokenPPO does; a critic's figures are not logged."""
         super().train()
         for name in ("train/value_loss", "train/explained_variance"):
             self.logger.name_to_value.pop(name, None)
+            self.logger.name_to_excluded.pop(name, None)
 
 
 class TokenGRPO(TokenRLOO):
     """Advantages standardised within a prompt's completions (Shao et al. 2024).
 
-    As in `TokenRLOO`, and unlike there, the KL penalty is in the reward, not in the loss.
+    The paper has the KL penalty in the loss and a mean over each completion's tokens first; here
+    both are as in `TokenRLOO`.
     """
 
     baseline: ClassVar[Baseline] = staticmethod(group_relative)

@@ -15,7 +15,7 @@ from gymnasium.utils import RecordConstructorArgs
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from agents.language_model import LM
+from agents.language_model import LM, check_positions
 from agents.lm_reader import LMReader
 from agents.sequences import count_ids, require_token_actions
 
@@ -167,14 +167,17 @@ def reader_for(lm: LM | LMReader, observation_space: spaces.Space) -> LMReader:
     """Return the reader given, or make one for the tokens of an observation space.
 
     Raises:
-        ValueError: If the observations are not token ids, or those of another vocabulary.
+        ValueError: If the observations are not token ids, those of another vocabulary, or longer
+            than the model has positions for.
     """
     vocab_size = count_ids(observation_space)
-    if not isinstance(lm, LMReader):
-        return LMReader(lm, vocab_size)
-    if lm.vocab_size != vocab_size:
-        raise ValueError(f"expected a reader of {vocab_size} tokens, got one of {lm.vocab_size}")
-    return lm
+    reader = lm if isinstance(lm, LMReader) else LMReader(lm, vocab_size)
+    if reader.vocab_size != vocab_size:
+        raise ValueError(
+            f"expected a reader of {vocab_size} tokens, got one of {reader.vocab_size}"
+        )
+    check_positions(reader.lm, observation_space.shape[0])
+    return reader
 
 
 def feature_space(reader: LMReader) -> spaces.Box:

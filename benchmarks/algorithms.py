@@ -1,7 +1,7 @@
 """The algorithms that are compared: each learns one task within a budget, watched by a `Curve`.
 
 Token-level ones have the task's LM as their policy, and its frozen copy as their reference; the
-classic ones a small network over embedded ids. None is told anything but observations and rewards.
+classic ones a small network over embedded ids, and know nothing but observations and rewards.
 """
 
 import time
@@ -171,8 +171,8 @@ def with_lm(
 ) -> None:
     """Learn with the language model as the policy, in a stock algorithm or one of ours."""
     settings, changes = prepared(settings), {}
-    if issubclass(algorithm, TokenRLOO):
-        changes = {"group_size": settings.pop("group_size"), "autoreset": False}
+    if issubclass(algorithm, TokenRLOO) or settings.get("whole_episodes"):
+        changes = {"group_size": settings.pop("group_size", 1), "autoreset": False}
         settings["n_steps"] = task.max_new_tokens
     if issubclass(algorithm, TokenPPO):
         settings["kl_coef"] = task.beta
@@ -193,8 +193,8 @@ def prepared(settings: Settings) -> Settings:
 
 
 def linear(highest: float, progress: float) -> float:
-    """Fall linearly with the remaining progress, 1 to 0."""
-    return highest * progress
+    """Fall linearly with the remaining progress, 1 to 0; SB3's may go below."""
+    return highest * max(progress, 0.0)
 
 
 @th.no_grad()

@@ -75,7 +75,7 @@ def grid(config: dict[str, Any], chosen: dict[str, dict[str, int]], seeds: int) 
         for seed in range(seeds):
             untrained = ["random", "reference", "greedy"]
             untrained += [f"best of {n}" for n in config["best_of"]]
-            for name in untrained if seed == 0 else ["random"]:
+            for name in untrained if seed == 0 else []:
                 yield Job(task, name, seed, {}, **budget)
             for name, algorithm in config["algorithms"].items():
                 if task in algorithm.get("tasks", config["budgets"]):
@@ -103,18 +103,17 @@ def run(jobs: Sequence[Job], folder: Path, processes: int) -> list[dict[str, Any
         processes: How many run at a time.
 
     Returns:
-        The results of all of them but those that failed, which are printed.
+        The results of all of them, in the order of the jobs, but those that failed, which are
+        printed.
     """
-    found: list[dict[str, Any]] = []
+    found: dict[str, dict[str, Any]] = {}
     todo: list[Job] = []
     for job in jobs:
         result = read(folder / job.file)
         if result is not None and all(result[k] == v for k, v in asdict(job).items()):
-            found.append(result)
+            found[job.file] = result
         else:
             todo.append(job)
-    if not todo:
-        return found
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(processes, context) as pool,
@@ -131,8 +130,8 @@ def run(jobs: Sequence[Job], folder: Path, processes: int) -> list[dict[str, Any
                 bar.write(f"{job.task}, {job.algorithm}, seed {job.seed}: {error!r}")
                 continue
             write(folder / job.file, result)
-            found.append(result)
-    return found
+            found[job.file] = result
+    return [found[job.file] for job in jobs if job.file in found]
 
 
 def read(file: Path) -> dict[str, Any] | None:
@@ -152,12 +151,16 @@ def write(file: Path, result: dict[str, Any]) -> None:
 
 
 def choose(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Return the best candidate of each algorithm on each task, by the last measurement."""
+    """Return the best candidate of each algorithm on each task, by the last measurement.
+
+    What is measured is what the algorithm is told of: the score, less the KL penalty if it has one.
+    """
     best: dict[str, dict[str, dict[str, Any]]] = {}
     for result in results:
         mine = best.setdefault(result["task"], {})
         other = mine.get(result["algorithm"])
-        if other is None or result["points"][-1]["gain"] > other["points"][-1]["gain"]:
+        measure = "gain" if result["algorithm"].startswith("Token") else "score"
+        if other is None or result["points"][-1][measure] > other["points"][-1][measure]:
             mine[result["algorithm"]] = result
     return {
         task: {name: result["candidate"] for name, result in sorted(mine.items())}

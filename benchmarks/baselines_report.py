@@ -34,8 +34,6 @@ def write_report(results: Results, out: Path) -> Path:
     parts.append(table(results, scores))
     parts.append(NOTE)
     parts += ["![learning curves](baselines.png)", "![all tasks](baselines-all.png)"]
-    draw_curves(results, tasks, out / "baselines.png")
-    draw_summary(scores, out / "baselines-all.png")
     with (out / "baselines.csv").open("w", newline="", encoding="utf-8") as file:
         rows = [{**key(r), **point} for r in results for point in r["points"]]
         names = list(dict.fromkeys(name for row in rows for name in row))
@@ -44,15 +42,18 @@ def write_report(results: Results, out: Path) -> Path:
         writer.writerows(rows)
     (out / "baselines.json").write_text(json.dumps(list(results), indent=1), encoding="utf-8")
     (out / "baselines.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    draw_curves(results, tasks, out / "baselines.png")
+    draw_summary(comparable(results, scores), out / "baselines-all.png")
     return out / "baselines.md"
 
 
 NOTE = """`gain` is the interquartile mean over the seeds of the share of the optimal gain over the
 reference (0: the reference, 1: the optimum), with a stratified bootstrap interval of 95 %. On
-*letters* it is exact, of score less β·KL, and `KL` is the exact divergence in nats per completion;
-the classic algorithms are not told of β. `s` is the median seconds of learning.
-`over` is the probability that a run of TokenPPO is better than one of this algorithm, mean over the
-tasks that both have."""
+*letters* it is exact, of score less β·KL; `score` and `KL` (nats per completion) are exact too.
+Only the Token algorithms are told of β: the others maximise the score, and a deterministic policy
+can have no more than about half of that gain. So *letters* is left out of the second picture and of
+`over`, the probability that a run of TokenPPO is better than one of this algorithm, mean over
+tasks. `s` is the median seconds of learning, * where they ended the run."""
 
 
 def key(result: dict[str, Any]) -> dict[str, Any]:
@@ -69,28 +70,38 @@ def finals(results: Results, task: str) -> dict[str, np.ndarray]:
     return {name: np.array(gains) for name, gains in found.items()}
 
 
+def comparable(
+    results: Results, scores: dict[str, dict[str, np.ndarray]]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Leave out tasks whose objective not all algorithms are told of."""
+    exact = {r["task"] for r in results if "ref_kl" in r["points"][-1]}
+    return {task: found for task, found in scores.items() if task not in exact}
+
+
 def table(results: Results, scores: dict[str, dict[str, np.ndarray]]) -> str:
     """Format the figures at the end of the runs as Markdown."""
     names = list(dict.fromkeys(name for found in scores.values() for name in found))
     exact = {r["task"] for r in results if "ref_kl" in r["points"][-1]}
     heads = []
     for task in scores:
-        heads += [f"{task}: gain", *(["KL"] if task in exact else []), "s"]
+        heads += [f"{task}: gain", *(["score", "KL"] if task in exact else []), "s"]
     lines = ["| | " + " | ".join([*heads, "over"]) + " |", "|---|" + "---|" * (len(heads) + 1)]
     for name in names:
         cells = []
         for task, found in scores.items():
-            last = [
-                r["points"][-1] for r in results if r["task"] == task and r["algorithm"] == name
-            ]
+            runs = [r for r in results if r["task"] == task and r["algorithm"] == name]
+            last = [run["points"][-1] for run in runs]
             if not last:
-                cells += [""] * (3 if task in exact else 2)
+                cells += [""] * (4 if task in exact else 2)
                 continue
             cells.append(interval(found[name]))
             if task in exact:
-                cells.append(f"{np.median([p['ref_kl'] for p in last]):.2f}")
-            cells.append(f"{np.median([p['seconds'] for p in last]):.0f}")
-        lines.append(f"| {name} | " + " | ".join([*cells, improvement(scores, name)]) + " |")
+                cells += [f"{np.median([p[key] for p in last]):.2f}" for key in ("score", "ref_kl")]
+            stopped = any(0 < r["points"][-1]["tokens"] < r["tokens"] for r in runs)
+            seconds = f"{np.median([p['seconds'] for p in last]):.0f}"
+            cells.append(seconds + "*" * stopped)
+        cells.append(improvement(comparable(results, scores), name))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -136,11 +147,10 @@ def draw_curves(results: Results, tasks: Sequence[str], path: Path) -> None:
                 style["linestyle"] = "-" if name in OURS else "--"
                 axis.plot(x, [interquartile_mean(column) for column in y.T], label=name, **style)
                 axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.1)
-            for n, line in ((16, ":"),):
-                level = finals(results, task).get(f"best of {n}")
-                if level is not None:
-                    axis.axhline(level[0], color="black", linestyle=line, label=f"best of {n}")
-            axis.set(title=task if row == 0 else "", xlabel=unit, ylim=(-0.3, 1.05))
+            level = finals(results, task).get("best of 16")
+            if level is not None:
+                axis.axhline(level[0], color="black", linestyle=":", label="best of 16")
+            axis.set(title=task if row == 0 else "", xlabel=unit, ylim=(-1, 1.05))
             axis.spines[["top", "right"]].set_visible(False)
         axes[0][0].set_ylabel("share of the optimal gain")
         axes[1][0].set_ylabel("share of the optimal gain")
@@ -157,6 +167,8 @@ def draw_summary(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
         for name in dict.fromkeys(name for found in scores.values() for name in found)
         if all(name in found and len(found[name]) > 1 for found in scores.values())
     ]
+    if not names:  # one run each tells nothing of chance
+        return
     runs = min(len(found[name]) for found in scores.values() for name in names)
     stacked = {
         name: np.stack([found[name][:runs] for found in scores.values()], axis=1) for name in names

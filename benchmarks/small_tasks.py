@@ -130,7 +130,8 @@ class SmallTask:
 
         @th.no_grad()
         def probabilities(obs: np.ndarray) -> np.ndarray:
-            found = policy.get_distribution(th.from_numpy(obs)).distribution.probs
+            hidden = policy.decoder.once(th.from_numpy(obs))  # what is cached stays so
+            found = policy.decoding_head(policy.decoder.lm).logits(hidden).softmax(dim=1)
             return one_hot(found.numpy()) if greedy else found.double().numpy()
 
         return probabilities

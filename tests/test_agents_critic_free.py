@@ -74,6 +74,19 @@ def test_the_value_head_stays_and_its_figures_are_not_logged(tmp_path) -> None:
     again.learn(40)
 
 
+def test_all_of_sb3s_writers_take_what_is_logged(tmp_path, capsys) -> None:
+    """They pair values with exclusions, strictly."""
+    model = make(verbose=1, tensorboard_log=str(tmp_path))
+    model.learn(150, log_interval=1)
+    assert "policy_gradient_loss" in capsys.readouterr().out
+
+
+def test_what_means_nothing_without_a_critic_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"TokenRLOO has no critic: expected no \['gamma'"):
+        make(gamma=0.9, value_warmup=2)
+    assert make(rollout_buffer_kwargs={}).rollout_buffer.baseline is leave_one_out
+
+
 def test_what_groups_need() -> None:
     with pytest.raises(ValueError, match="two completions or more of each prompt in a rollout"):
         make(env=grouped_env(group_size=1)).learn(8)

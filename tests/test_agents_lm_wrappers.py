@@ -217,6 +217,10 @@ def test_what_is_refused(wrapper) -> None:
     env = venv() if vectorized else gym.make("TextEnvironment-v0", **arguments())
     with pytest.raises(ValueError, match="expected a reader of 9 tokens, got one of 5"):
         wrapper(env, LMReader(tiny_gpt2(5), 5))
+    long = arguments(max_new_tokens=200)
+    far = text_env.TextVecEnv(1, **long) if vectorized else gym.make("TextEnvironment-v0", **long)
+    with pytest.raises(ValueError, match="at most 128 tokens"):
+        wrapper(far, LM)
     cart = gym.make("CartPole-v1")
     with pytest.raises(ValueError, match="one-dimensional Box of token ids"):
         wrapper(DummyVecEnv([lambda: cart]) if vectorized else cart, LM)

@@ -31,12 +31,15 @@ bench: $(BIN)/.installed  ## speed against a bare loop, generate, stock SB3 and 
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.throughput
 
-bench-ppo:  ## the same against the last TRL with a PPO trainer, in an environment of its own
+bench-ppo: $(VENV)-ppo/.installed  ## the same against the last TRL with a PPO trainer, in an environment of its own
+	TRL_EXPERIMENTAL_SILENCE=1 $(VENV)-ppo/bin/python -m benchmarks.throughput --workloads tiny real \
+		--peers "bare loop" TokenPPO "TRL PPO" --out runs/throughput-ppo
+
+$(VENV)-ppo/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-ppo
 	grep -v '^trl==' constraints.txt > $(VENV)-ppo/constraints.txt
 	$(VENV)-ppo/bin/python -m pip install --quiet -c $(VENV)-ppo/constraints.txt -e '.[gguf]' datasets trl==1.12.0
-	TRL_EXPERIMENTAL_SILENCE=1 $(VENV)-ppo/bin/python -m benchmarks.throughput --workloads tiny real \
-		--peers "bare loop" TokenPPO "TRL PPO" --out runs/throughput-ppo
+	touch $@
 
 benchmark: $(BIN)/.installed  ## algorithms against each other: runs/baselines/baselines.md
 	test -s benchmarks/baselines-chosen.yaml || $(BIN)/python -m benchmarks.baselines --tune
@@ -54,7 +57,7 @@ lint: $(BIN)/.installed
 
 type: $(BIN)/.installed
 	$(BIN)/mypy
-	$(BIN)/mypy train.py benchmarks
+	$(BIN)/mypy train.py benchmarks examples
 
 clean:
 	rm -rf $(VENV) $(VENV)-ppo $(VENV)-plug-ins .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.type_aliases import GymEnv
 
 from agents.buffer import TokenRolloutBuffer
@@ -48,31 +47,10 @@ def group_relative(returns: np.ndarray, groups: np.ndarray) -> np.ndarray:
 class GroupRolloutBuffer(TokenRolloutBuffer):
     """A rollout of whole episodes, each of which is one action: all its tokens are as good."""
 
-    def __init__(
-        self,
-        buffer_size: int,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
-        device: th.device | str = "auto",
-        gae_lambda: float = 1,
-        gamma: float = 0.99,
-        n_envs: int = 1,
-        whiten_advantages: bool = False,
-        *,
-        baseline: Baseline,
-    ) -> None:
+    def __init__(self, *arguments: Any, baseline: Baseline, **further: Any) -> None:
         """Take `TokenRolloutBuffer`'s arguments, and what makes advantages of returns."""
         self.baseline = baseline
-        super().__init__(
-            buffer_size,
-            observation_space,
-            action_space,
-            device,
-            gae_lambda,
-            gamma,
-            n_envs,
-            whiten_advantages,
-        )
+        super().__init__(*arguments, **further)
 
     def estimate_advantages(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """Give all tokens of an episode its return, and how it compares with its group.
@@ -186,6 +164,8 @@ class TokenA2C(TokenPPO):
         Raises:
             TypeError: If one of these two is given.
         """
+        if refused := sorted({"n_epochs", "batch_size"} & set(arguments)):
+            raise TypeError(f"TokenA2C takes one step on the whole rollout: expected no {refused}")
         own = {"gae_lambda": 1.0, "normalize_advantage": False}
         super().__init__(policy, env, n_epochs=1, batch_size=WHOLE_ROLLOUT, **{**own, **arguments})
 

@@ -96,6 +96,7 @@ class VecTopKActions(VecEnvWrapper):
 
     def __init__(self, venv: VecEnv, lm: LM | LMReader, k: int = 16) -> None:
         """Wrap a VecEnv; arguments and errors as for `TopKActions`."""
+        require_vec_env(venv)
         self.reader = reader_for(lm, venv.observation_space)
         ranks = rank_space(venv.action_space, self.reader, k)
         super().__init__(venv, action_space=ranks)
@@ -144,6 +145,7 @@ class VecLMFeatures(VecEnvWrapper):
 
     def __init__(self, venv: VecEnv, lm: LM | LMReader) -> None:
         """Wrap a VecEnv; arguments and errors as for `LMFeatures`."""
+        require_vec_env(venv)
         self.reader = reader_for(lm, venv.observation_space)
         super().__init__(venv, observation_space=feature_space(self.reader))
 
@@ -161,6 +163,19 @@ class VecLMFeatures(VecEnvWrapper):
             for info, state in zip(ended, last, strict=True):
                 info["terminal_observation"] = state
         return features, rewards, dones, infos
+
+
+def require_vec_env(venv: Any) -> None:
+    """Require an SB3 VecEnv.
+
+    Raises:
+        TypeError: If it is a single environment, or Gymnasium's kind of batch.
+    """
+    if not isinstance(venv, VecEnv):
+        raise TypeError(
+            f"expected an SB3 VecEnv, such as TextVecEnv, got {type(venv).__name__}; for a single "
+            "environment there are TopKActions and LMFeatures"
+        )
 
 
 def reader_for(lm: LM | LMReader, observation_space: spaces.Space) -> LMReader:

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3 import PPO
@@ -161,8 +162,14 @@ class TokenPPO(PPO):
                 (FSDP2) rather than keep a copy in each (DDP).
 
         Raises:
-            ValueError: If an argument is out of range or the policy has no `lm`.
+            ValueError: If an argument is out of range, the policy has no `lm`, or the environment
+                is a Gymnasium `VectorEnv`.
         """
+        if isinstance(env, gym.vector.VectorEnv):
+            raise ValueError(
+                "expected an environment or an SB3 VecEnv, such as TextVecEnv, got a "
+                f"{type(env).__name__}, which is Gymnasium's kind of batch"
+            )
         if not (policy_kwargs or {}).get("lm") and _init_setup_model:
             raise ValueError(
                 "expected policy_kwargs={'lm': <folder, hub id or model>}, got no language model"

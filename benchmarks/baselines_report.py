@@ -145,7 +145,7 @@ def draw_curves(results: Results, tasks: Sequence[str], path: Path) -> None:
                 y = np.array([[p["gain"] for p in points[:n]] for points in runs])
                 style = {"color": colour, "linewidth": 2 if name in OURS else 1.2}
                 style["linestyle"] = "-" if name in OURS else "--"
-                axis.plot(x, [interquartile_mean(column) for column in y.T], label=name, **style)
+                axis.plot(x, [interquartile_mean(gains) for gains in y.T], label=name, **style)
                 axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colour, alpha=0.1)
             level = finals(results, task).get("best of 16")
             if level is not None:

@@ -14,11 +14,10 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers.decoders import WordPiece
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from agents import CausalLMPolicy, TokenEmbeddingExtractor
+from benchmarks.workloads import word_tokenizer
 from text_env import TextVecEnv
 
 Policy = Callable[[np.ndarray], np.ndarray]
@@ -59,14 +58,6 @@ class SmallTask:
         """The end token, or -1, which no token is."""
         return self.vocab_size - 1 if self.ends else -1
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Return the tokenizer: one token per word, words parted by spaces."""
-        words = {f"w{i}": i for i in range(self.vocab_size)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer.decoder = WordPiece(prefix="##")
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
     def lm(self) -> PreTrainedModel:
         """Return the reference, the same one each time."""
         state = th.random.get_rng_state()
@@ -91,7 +82,7 @@ class SmallTask:
         """Return the environment."""
         env = TextVecEnv(
             num_envs=num_envs,
-            tokenizer=self.tokenizer(),
+            tokenizer=word_tokenizer(self.vocab_size),
             prompts=[f"w{i}" for i in self.prompts],
             reward_fn=self.reward,
             max_new_tokens=self.max_new_tokens,

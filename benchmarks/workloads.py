@@ -78,11 +78,7 @@ class Workload:
         """Return the model's tokenizer."""
         if self.real:
             return AutoTokenizer.from_pretrained(smollm2_folder())
-        vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
-        words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        words.decoder = WordPiece(prefix="##")
-        return PreTrainedTokenizerFast(tokenizer_object=words)
+        return word_tokenizer(VOCABULARY)
 
     def prompts(self) -> list[str]:
         """Return `n_prompts` different prompts of `prompt_tokens` tokens."""
@@ -108,6 +104,15 @@ WORKLOADS = {
         Workload("long", n_prompts=8, max_new_tokens=512, n_epochs=4),
     )
 }
+
+
+def word_tokenizer(n_words: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token per word w0, w1, ..., words parted by spaces."""
+    vocabulary = {f"w{i}": i for i in range(n_words)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.decoder = WordPiece(prefix="##")
+    return PreTrainedTokenizerFast(tokenizer_object=words)
 
 
 def smollm2_folder() -> str:

@@ -19,6 +19,7 @@ from agents import (
     LMFeatures,
     LMReader,
     TokenEmbeddingExtractor,
+    TokenPPO,
     TopKActions,
     VecLMFeatures,
     VecTopKActions,
@@ -231,6 +232,16 @@ def test_what_is_refused(wrapper) -> None:
         inside = (VecTopKActions if vectorized else TopKActions)(env, LM, k=4)
         with pytest.raises(ValueError, match=r"expected actions in Discrete\(9\)"):
             wrapper(inside, LM, k=2)
+
+
+@pytest.mark.parametrize("wrapper", [VecTopKActions, VecLMFeatures])
+def test_other_environments_than_sb3s_are_refused(wrapper) -> None:
+    batch = gym.make_vec("TextEnvironment-v0", num_envs=2, **arguments())
+    for env in (batch, gym.make("TextEnvironment-v0", **arguments())):
+        with pytest.raises(TypeError, match="expected an SB3 VecEnv, such as TextVecEnv, got"):
+            wrapper(env, LM)
+    with pytest.raises(ValueError, match="such as TextVecEnv, got a TextVectorEnv"):
+        TokenPPO("CausalLMPolicy", batch, policy_kwargs={"lm": LM})
 
 
 def test_letters_are_what_this_file_takes_them_for() -> None:

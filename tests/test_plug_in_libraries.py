@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from conftest import letter_tokenizer
+from test_agents_token_ppo import arguments, count_a
 from torch import nn
 
 import text_env  # registers the environment
@@ -17,21 +18,6 @@ from agents import TokenEmbeddingExtractor
 pytestmark = [pytest.mark.plug_ins, pytest.mark.filterwarnings("ignore")]
 ID = "TextEnvironment-v0"
 V, LENGTH = 9, 10
-
-
-def count_a(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
-    """Random letters score about 0.8 of 6."""
-    return [float(c.count("a")) for c in completions]
-
-
-def arguments(**changes) -> dict:
-    return {
-        "tokenizer": letter_tokenizer("abcdef"),
-        "prompts": [">", ">>", ">a>", ">bb>"],
-        "reward_fn": count_a,
-        "max_new_tokens": 6,
-        **changes,
-    }
 
 
 def make() -> gym.Env:

@@ -32,7 +32,8 @@ class TextVecEnv(VecEnv):
             GRPO need it: `seed(s)` gives group g the seed s + g.
         autoreset: With False, a row whose episode has ended is held: its observation is all -1
             (from the ending step on), its reward 0, done False, and its action ignored, until
-            `reset`.
+            `reset`. For algorithms that reset it for each rollout (TokenPPO and its relatives with
+            `whole_episodes`); others would go on learning from rows that do nothing.
         render_mode: As for `TextEnvironment`.
         **arguments: Those of `TextEnvironment`.
     """

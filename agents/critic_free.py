@@ -107,8 +107,10 @@ class TokenRLOO(TokenPPO):
                 `gae_lambda`, `vf_coef`, `value_warmup`, and `whole_episodes`, which is True.
 
         Raises:
-            TypeError: If one of these is given.
+            TypeError: If one of these is given, or `group_size`, which is the environment's.
         """
+        if "group_size" in arguments:
+            raise TypeError("expected group_size in TextVecEnv(group_size=…), got it here")
         if refused := sorted(NOT_WITHOUT_A_CRITIC & set(arguments)):
             raise TypeError(f"{type(self).__name__} has no critic: expected no {refused}")
         arguments = {

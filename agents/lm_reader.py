@@ -16,19 +16,37 @@ class LMReader(TokenModel):
     those seen last nothing: wrappers around one environment do well to share a reader.
     """
 
-    def __init__(self, lm: LM, vocab_size: int, device: th.device | str = "auto") -> None:
+    def __init__(
+        self,
+        lm: LM,
+        vocab_size: int,
+        device: th.device | str = "auto",
+        *,
+        temperature: float = 1.0,
+        dtype: str = "float32",
+    ) -> None:
         """Load the model; a live one is used as it is, and may go on learning elsewhere.
 
         Args:
             lm: The causal LM.
             vocab_size: V, tokens of the observations.
             device: As in SB3.
+            temperature: Divides the logits in `log_probs`.
+            dtype: What the model is computed in: "float32" or "bfloat16".
+
+        Raises:
+            ValueError: If the model does not fit, or dtype or temperature is none.
         """
         super().__init__()
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"expected dtype float32 or bfloat16, got {dtype!r}")
+        if temperature <= 0:
+            raise ValueError(f"expected temperature > 0, got {temperature}")
         self.lm = load_lm(lm, vocab_size).to(get_device(device))
-        self.vocab_size, self.temperature = vocab_size, 1.0
+        self.vocab_size, self.temperature = vocab_size, temperature
+        self.dtype = getattr(th, dtype)
         self.register_buffer("allowed_tokens", th.ones(vocab_size, dtype=th.bool))
-        self.decoder = CachedDecoder(self.lm)
+        self.decoder = CachedDecoder(self.lm, self.dtype)
         self.to(self.lm.device)
 
     @property
@@ -61,11 +79,29 @@ class LMReader(TokenModel):
         Returns:
             (n, k) int64, the likeliest first.
         """
+        return self._logits(obs, masks).topk(k, dim=1).indices.cpu().numpy()
+
+    @th.no_grad()
+    def log_probs(self, obs: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
+        """Return the log-probability (nats) of each next token.
+
+        Args:
+            obs: (n, L) ids, right-padded with -1.
+            masks: (n, V) bool, tokens allowed now; the others get −inf.
+
+        Returns:
+            (n, V) float32. Of a row of nothing but -1, anything.
+        """
+        found = self._logits(obs, masks).log_softmax(dim=1).cpu().numpy()
+        return found if masks is None else np.where(masks, found, -np.inf)
+
+    def _logits(self, obs: np.ndarray, masks: np.ndarray | None) -> th.Tensor:
+        """Logits of the next tokens, (n, V) float32."""
         hidden, lm = self.last_hidden(self._ids(obs))
-        logits = self.decoding_head(lm).logits(hidden)
+        logits = self.decoding_head(lm).logits(hidden).float()
         if masks is not None:
             mask_logits_(logits, th.as_tensor(np.array(masks), device=logits.device))
-        return logits.topk(k, dim=1).indices.cpu().numpy()
+        return logits
 
     def _ids(self, obs: np.ndarray) -> th.Tensor:
         return th.as_tensor(np.asarray(obs), device=self.lm.device).long()

@@ -77,10 +77,18 @@ class Task(Protocol):
 
 
 class Curve:
-    """Measures a learner at every tenth of its budget of tokens, and watches the time."""
+    """Measures a learner at every tenth of its budget of tokens, and watches the time.
 
-    def __init__(self, measure: Callable[[Policy], dict[str, float]], budget: Budget) -> None:
-        self.measure, self.budget = measure, budget
+    Args:
+        measure: Measures a policy.
+        budget: What the run may use.
+        parts: Another number than ten.
+    """
+
+    def __init__(
+        self, measure: Callable[[Policy], dict[str, float]], budget: Budget, parts: int = 10
+    ) -> None:
+        self.measure, self.budget, self.parts = measure, budget, parts
         self.points: list[dict[str, float]] = []
         self._spent, self._since, self._next = 0.0, time.perf_counter(), 0.0
 
@@ -95,7 +103,8 @@ class Curve:
         if tokens >= self._next or last:
             found = self.measure(policy)
             self.points.append({"tokens": tokens, "seconds": seconds, **found})
-            self._next = (tokens * 10 // self.budget.tokens + 1) * self.budget.tokens / 10
+            part = self.budget.tokens / self.parts
+            self._next = (tokens // part + 1) * part
             self._spent, self._since = seconds, time.perf_counter()
         return seconds < self.budget.seconds
 

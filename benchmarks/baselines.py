@@ -4,8 +4,9 @@
     python -m benchmarks.baselines            run the grid, write the report
 
 Each run is a file under <out>/results: what is there already, with the same settings and budget, is
-not run again, so that a stopped grid goes on where it was. Writes baselines.md, .png, .csv and
-.json. Settings are in benchmarks/baselines.yaml.
+not run again, so that a stopped grid goes on where it was. Movie sentences need a warm start and a
+reward model first, made once in <out>/movies. Writes baselines.md, .csv, .json and pictures.
+Settings are in benchmarks/baselines.yaml.
 """
 
 import argparse
@@ -13,9 +14,10 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import yaml
 from tqdm import tqdm
 
 CONFIG = Path(__file__).with_suffix(".yaml")
+MOVIES, OVER_OPTIMISATION = "movies", "over-optimisation"
 TUNING_SEED = 1000
 """Of the runs that settings are chosen by; others than the grid's."""
 
@@ -56,51 +59,73 @@ class Job:
         return f"{self.task}/{name}/{self.candidate}-{self.seed}.json"
 
 
-def work(job: Job) -> dict[str, Any]:
+def work(job: Job, movies: Path) -> dict[str, Any]:
     """Do one run, on one thread, and return its result."""
     import torch as th
 
     from benchmarks.algorithms import Budget
-    from benchmarks.small_runs import run_small
 
     th.set_num_threads(1)
     budget = Budget(job.tokens, job.seconds)
-    points = run_small(job.task, job.algorithm, job.settings, job.seed, budget)
+    if job.task in (MOVIES, OVER_OPTIMISATION):
+        from benchmarks.movies import run_movies
+
+        points = run_movies(movies, job.algorithm, job.settings, job.seed, budget)
+    else:
+        from benchmarks.small_runs import run_small
+
+        points = run_small(job.task, job.algorithm, job.settings, job.seed, budget)
     return {**asdict(job), "points": points}
 
 
-def grid(config: dict[str, Any], chosen: dict[str, dict[str, int]], seeds: int) -> Iterator[Job]:
-    """Give the runs of the benchmark: the chosen candidates, all seeds."""
-    for task, budget in config["budgets"].items():
-        for seed in range(seeds):
-            untrained = ["random", "reference", "greedy"]
-            untrained += [f"best of {n}" for n in config["best_of"]]
-            for name in untrained if seed == 0 else []:
-                yield Job(task, name, seed, {}, **budget)
-            for name, algorithm in config["algorithms"].items():
-                if task in algorithm.get("tasks", config["budgets"]):
-                    i = chosen[task][name]
-                    settings = algorithm["settings"] | algorithm["candidates"][i]
-                    yield Job(task, name, seed, settings, **budget, candidate=i)
-
-
 def candidates(config: dict[str, Any]) -> Iterator[Job]:
-    """Give the runs that settings are chosen by."""
+    """Give the runs that settings are chosen by: each algorithm's candidates on each task.
+
+    An algorithm has `settings` and `candidates` for the small tasks, or for the `tasks` that it
+    names, and others for movie sentences under that name.
+    """
     for task, budget in config["budgets"].items():
         for name, algorithm in config["algorithms"].items():
-            if task in algorithm.get("tasks", config["budgets"]):
-                for i, candidate in enumerate(algorithm["candidates"]):
-                    settings = algorithm["settings"] | candidate
+            if task == MOVIES or task in algorithm.get("tasks", config["budgets"]):
+                told = algorithm.get(MOVIES, {"candidates": []}) if task == MOVIES else algorithm
+                for i, candidate in enumerate(told["candidates"]):
+                    settings = told["settings"] | candidate
                     yield Job(task, name, TUNING_SEED, settings, **budget, candidate=i)
 
 
-def run(jobs: Sequence[Job], folder: Path, processes: int) -> list[dict[str, Any]]:
+def grid(
+    config: dict[str, Any], chosen: dict[str, dict[str, int]], seeds: int | None = None
+) -> Iterator[Job]:
+    """Give the runs of the benchmark: the chosen candidates, all seeds."""
+    learning = [
+        job for job in candidates(config) if chosen[job.task][job.algorithm] == job.candidate
+    ]
+    for task, budget in config["budgets"].items():
+        best_of = config["best_of"][-1:] if task == MOVIES else config["best_of"]  # it tells of all
+        for name in ["random", "reference", "greedy", *(f"best of {n}" for n in best_of)]:
+            yield Job(task, name, 0, {}, **budget)
+        for seed in range(seeds or config["seeds"][task]):
+            yield from (replace(job, seed=seed) for job in learning if job.task == task)
+    further = config[OVER_OPTIMISATION] if MOVIES in config["budgets"] else {"betas": []}
+    for beta in further["betas"]:
+        for job in learning:
+            if (job.task, job.algorithm) == (MOVIES, further["algorithm"]):
+                settings = job.settings | {"beta": beta, "measurements": further["measurements"]}
+                changed = {key: further[key] for key in ("tokens", "seconds")}
+                name = f"{job.algorithm}, β = {beta:g}"
+                yield Job(OVER_OPTIMISATION, name, 0, settings, **changed)
+
+
+def run(
+    jobs: Sequence[Job], folder: Path, processes: int, movies: Path = Path()
+) -> list[dict[str, Any]]:
     """Run the jobs that have no result yet, some at a time.
 
     Args:
         jobs: What to run.
         folder: Where results are and go to.
         processes: How many run at a time.
+        movies: The run folder that movie sentences stand on.
 
     Returns:
         The results of all of them, in the order of the jobs, but those that failed, which are
@@ -116,10 +141,10 @@ def run(jobs: Sequence[Job], folder: Path, processes: int) -> list[dict[str, Any
             todo.append(job)
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(processes, context) as pool,
+        ProcessPoolExecutor(processes, context, end_with_parent) as pool,
         tqdm(total=len(jobs), initial=len(found), unit="run", smoothing=0) as bar,
     ):
-        futures = {pool.submit(work, job): job for job in todo}
+        futures = {pool.submit(work, job, movies): job for job in todo}
         for future in as_completed(futures):
             job = futures[future]
             bar.update()
@@ -132,6 +157,18 @@ def run(jobs: Sequence[Job], folder: Path, processes: int) -> list[dict[str, Any
             write(folder / job.file, result)
             found[job.file] = result
     return [found[job.file] for job in jobs if job.file in found]
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def read(file: Path) -> dict[str, Any] | None:
@@ -159,7 +196,9 @@ def choose(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     for result in results:
         mine = best.setdefault(result["task"], {})
         other = mine.get(result["algorithm"])
-        measure = "gain" if result["algorithm"].startswith("Token") else "score"
+        told_of_kl = result["algorithm"].startswith("Token")
+        value = "value" if "value" in result["points"][-1] else "gain"
+        measure = value if told_of_kl else "score"
         if other is None or result["points"][-1][measure] > other["points"][-1][measure]:
             mine[result["algorithm"]] = result
     return {
@@ -188,10 +227,15 @@ def main() -> None:
         if unknown := set(names or ()) - set(config[kind]):
             sys.exit(f"expected some of {list(config[kind])}, got {sorted(unknown)}")
         config[kind] = {name: config[kind][name] for name in names or config[kind]}
+    movies = given.out / MOVIES
+    if MOVIES in config["budgets"]:
+        from benchmarks.movies import prepare
+
+        prepare(movies)
     file = given.chosen or given.config.with_name(f"{given.config.stem}-chosen.yaml")
     if given.tune:
         jobs = list(candidates(config))
-        results = run(jobs, given.out / "results", given.processes)
+        results = run(jobs, given.out / "results", given.processes, movies)
         known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
         for task, chosen in choose(results).items():
             known[task] = known.get(task, {}) | chosen
@@ -203,8 +247,8 @@ def main() -> None:
     if not file.exists():
         sys.exit(f"expected chosen settings in {file}: run with --tune first")
     chosen = yaml.safe_load(file.read_text(encoding="utf-8"))
-    jobs = list(grid(config, chosen, given.seeds or config["seeds"]))
-    results = run(jobs, given.out / "results", given.processes)
+    jobs = list(grid(config, chosen, given.seeds))
+    results = run(jobs, given.out / "results", given.processes, movies)
     from benchmarks.baselines_report import write_report
 
     print(f"Report: {write_report(results, given.out)}")

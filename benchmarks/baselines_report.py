@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
+from benchmarks.baselines import MOVIES, OVER_OPTIMISATION
 from benchmarks.statistics import (
     bootstrap_interval,
     interquartile_mean,
@@ -24,16 +25,34 @@ Results = Sequence[dict[str, Any]]
 OURS = ("TokenPPO", "TokenA2C", "TokenRLOO", "TokenGRPO")
 CURVES = ("DQN", "A2C", "PPO", "PPO, LM", "expert iteration", *OURS)
 """Algorithms that are drawn as they learn; more would hide one another."""
+MEASURES = {
+    "score": "score",
+    "judge": "judge, −4 to +4",
+    "lexicon": "lexicon",
+    "ref_kl": "KL, nats",
+    "distinct_2": "distinct-2",
+}
+"""Of movie sentences."""
 
 
 def write_report(results: Results, out: Path) -> Path:
-    """Write baselines.md, .png, .csv and .json; return the first's path."""
-    tasks = list(dict.fromkeys(r["task"] for r in results))
-    scores = {task: finals(results, task) for task in tasks}
+    """Write baselines.md, .csv, .json and pictures; return the first's path."""
+    movies = [r for r in results if r["task"] == MOVIES]
+    longer = [r for r in results if r["task"] == OVER_OPTIMISATION]
+    small = [r for r in results if r["task"] not in (MOVIES, OVER_OPTIMISATION)]
+    tasks = list(dict.fromkeys(r["task"] for r in small))
+    scores = {task: finals(small, task) for task in tasks}
     parts = ["# Baselines", f"{len(results)} runs. Machine: {machine(1)} (one thread a run)."]
-    parts.append(table(results, scores))
-    parts.append(NOTE)
-    parts += ["![learning curves](baselines.png)", "![all tasks](baselines-all.png)"]
+    if small:
+        parts += [table(small, scores), NOTE]
+        parts += ["![learning curves](baselines.png)", "![all tasks](baselines-all.png)"]
+        draw_curves(small, tasks, out / "baselines.png")
+        draw_summary(comparable(small, scores), out / "baselines-all.png")
+    if movies:
+        parts += ["## Movie sentences", movies_table(movies), MOVIES_NOTE]
+    if longer:
+        parts += ["## Over-optimisation", "![scores against KL](over-optimisation.png)"]
+        draw_over_optimisation(movies, longer, out / "over-optimisation.png")
     with (out / "baselines.csv").open("w", newline="", encoding="utf-8") as file:
         rows = [{**key(r), **point} for r in results for point in r["points"]]
         names = list(dict.fromkeys(name for row in rows for name in row))
@@ -42,8 +61,6 @@ def write_report(results: Results, out: Path) -> Path:
         writer.writerows(rows)
     (out / "baselines.json").write_text(json.dumps(list(results), indent=1), encoding="utf-8")
     (out / "baselines.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    draw_curves(results, tasks, out / "baselines.png")
-    draw_summary(comparable(results, scores), out / "baselines-all.png")
     return out / "baselines.md"
 
 
@@ -54,6 +71,13 @@ Only the Token algorithms are told of β: the others maximise the score, and a d
 can have no more than about half of that gain. So *letters* is left out of the second picture and of
 `over`, the probability that a run of TokenPPO is better than one of this algorithm, mean over
 tasks. `s` is the median seconds of learning, * where they ended the run."""
+
+
+MOVIES_NOTE = """Means over the seeds of what is written on the test prompts after the budget, with
+intervals as above. The score is what is learned from, by all; the judge and the lexicon are not.
+The KL to the reference is exact, per completion; of best-of-n it is log n − (n − 1)/n. Only the
+Token algorithms are told of it. `tokens` is what was generated for learning, * where the seconds
+ran out first."""
 
 
 def key(result: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +125,28 @@ def table(results: Results, scores: dict[str, dict[str, np.ndarray]]) -> str:
             seconds = f"{np.median([p['seconds'] for p in last]):.0f}"
             cells.append(seconds + "*" * stopped)
         cells.append(improvement(comparable(results, scores), name))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def movies_table(results: Results) -> str:
+    """Format what is written on movie sentences at the end of the runs as Markdown."""
+    lines = ["| | " + " | ".join([*MEASURES.values(), "tokens", "s"]) + " |"]
+    lines.append("|---|" + "---|" * (len(MEASURES) + 2))
+    for name in dict.fromkeys(r["algorithm"] for r in results):
+        runs = [r for r in results if r["algorithm"] == name]
+        last = [r["points"][-1] for r in runs]
+        cells = [
+            interval(np.array([point[measure] for point in last]))
+            if measure in ("score", "judge")
+            else f"{np.mean([point[measure] for point in last]):.2f}"
+            if all(measure in point for point in last)
+            else ""
+            for measure in MEASURES
+        ]
+        stopped = any(0 < p["tokens"] < r["tokens"] for p, r in zip(last, runs, strict=True))
+        cells.append(f"{np.median([p['tokens'] for p in last]):.0f}" + "*" * stopped)
+        cells.append(f"{np.median([p['seconds'] for p in last]):.0f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -196,3 +242,39 @@ def draw_summary(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_over_optimisation(movies: Results, longer: Results, path: Path) -> None:
+    """Draw score, judge and lexicon against the KL: as runs go on, and for the best of n."""
+    figure, axes = plt.subplots(1, 3, figsize=(12.6, 4.4), layout="constrained")
+    best_of = [r["points"] for r in movies if r["algorithm"].startswith("best of ")]
+    ends = {r["algorithm"]: r["points"][-1] for r in movies if len(r["points"]) > 1}
+    colours = plt.colormaps["viridis"](np.linspace(0, 0.85, len(longer)))
+    for axis, measure in zip(axes, ("score", "judge", "lexicon"), strict=True):
+        for result, colour in zip(longer, colours, strict=True):
+            points = result["points"]
+            x, y = (
+                [max(p[m], 0.0) if m == "ref_kl" else p[m] for p in points]
+                for m in ("ref_kl", measure)
+            )
+            axis.plot(x, y, "o-", color=colour, markersize=4, label=result["algorithm"])
+        for points in best_of:
+            x, y = ([p[m] for p in points] for m in ("ref_kl", measure))
+            axis.plot(x, y, "k.:", label=f"best of 1 to {points[-1]['n']}")
+        for name, point in ends.items():
+            axis.plot(point["ref_kl"], point[measure], "x", color="#8a93a0")
+            axis.annotate(name, (point["ref_kl"], point[measure]), fontsize=7, color="#5a6370")
+        axis.set_xscale("function", functions=(np.sqrt, np.square))
+        axis.set(xlabel="KL to the reference, nats per completion (√ scale)", title=TITLES[measure])
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+TITLES = {
+    "score": "the score that is learned from",
+    "judge": "the judge, never learned from",
+    "lexicon": "sentiment words",
+}

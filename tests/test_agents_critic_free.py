@@ -82,6 +82,8 @@ def test_all_of_sb3s_writers_take_what_is_logged(tmp_path, capsys) -> None:
 
 
 def test_what_means_nothing_without_a_critic_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected group_size in TextVecEnv"):
+        make(group_size=4)
     with pytest.raises(TypeError, match=r"TokenRLOO has no critic: expected no \['gamma'"):
         make(gamma=0.9, value_warmup=2)
     assert make(rollout_buffer_kwargs={}).rollout_buffer.baseline is leave_one_out

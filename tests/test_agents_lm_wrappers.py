@@ -246,3 +246,24 @@ def test_other_environments_than_sb3s_are_refused(wrapper) -> None:
 
 def test_letters_are_what_this_file_takes_them_for() -> None:
     assert letter_tokenizer(LETTERS).eos_token_id == EOS
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_log_probs_are_the_models_own_at_its_temperature(dtype, atol) -> None:
+    reader, env = LMReader(LM, V, "cpu", temperature=0.5, dtype=dtype), venv(min_new_tokens=2)
+    env.seed(0)
+    obs = env.reset()
+    for action in (1, 2, 3):
+        masks = env.action_masks()
+        found = reader.log_probs(obs, masks)
+        for row, mask, ours in zip(obs, masks, found, strict=True):
+            logits = full_forward(row)[1].masked_fill(~th.from_numpy(mask.copy()), -th.inf) / 0.5
+            np.testing.assert_allclose(ours, logits.log_softmax(dim=0).numpy(), atol=atol)
+        obs = env.step(np.full(3, action))[0]
+
+
+def test_a_reader_refuses_what_it_cannot_compute_in() -> None:
+    with pytest.raises(ValueError, match="expected dtype float32 or bfloat16, got 'int8'"):
+        LMReader(LM, V, dtype="int8")
+    with pytest.raises(ValueError, match="expected temperature > 0, got 0"):
+        LMReader(LM, V, temperature=0)

@@ -1,7 +1,13 @@
 """The baseline benchmark: its statistics by hand, its tasks by simulation, its grid's life."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,10 +159,10 @@ def test_the_grid_is_what_the_issue_asks_for() -> None:
     assert set(CONFIGURED["algorithms"]) == set(LEARNERS) - {"random", "reference", "greedy"}
     assert all(len(a["candidates"]) == 4 for a in CONFIGURED["algorithms"].values())
     jobs = list(candidates(CONFIGURED))
-    assert len({job.file for job in jobs}) == len(jobs) == 4 * (14 * 3 + 2)
+    assert len({job.file for job in jobs}) == len(jobs) == 4 * (14 * 3 + 2) + 2 * 10
     chosen = {task: dict.fromkeys(CONFIGURED["algorithms"], 2) for task in CONFIGURED["budgets"]}
     jobs = list(grid(CONFIGURED, chosen, 5))
-    assert len({job.file for job in jobs}) == len(jobs) and CONFIGURED["seeds"] == 5
+    assert len({job.file for job in jobs}) == len(jobs) and min(CONFIGURED["seeds"].values()) >= 3
 
 
 def fake(job: Job) -> dict:
@@ -180,7 +186,7 @@ class Inline:
     def __exit__(self, *args) -> None:
         pass
 
-    def _submit(self, function, job):
+    def _submit(self, function, job, movies):
         from concurrent.futures import Future
 
         future = Future()
@@ -225,3 +231,38 @@ def test_the_report_is_written(tmp_path) -> None:
     write_report([one], tmp_path / ".")  # a single run draws no summary, and that is all
     for name in ("baselines.png", "baselines-all.png", "baselines.csv", "baselines.json"):
         assert (tmp_path / name).stat().st_size > 100
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path) -> None:
+    """Else a killed benchmark's workers would go on to the end of their runs."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from benchmarks.baselines import end_with_parent
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, context, end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 300).result()
+"""
+    )
+    root = str(Path(baselines.__file__).parents[1])
+    parent = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": root},
+        text=True,
+    )
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker lives on")

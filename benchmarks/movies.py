@@ -1,0 +1,252 @@
+"""Movie sentences as a task of the baseline benchmark: a real LM, a learned reward, a judge.
+
+Algorithms with a small network choose among the likeliest next tokens of the warm start and see its
+hidden state; the others have the warm start itself as their policy. What is measured is what they
+write on test prompts: mean score, judge, lexicon, and KL to the warm start.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+import train
+from agents import CausalLMPolicy, LMReader, VecLMFeatures, VecTopKActions
+from agents.language_model import Reference, load_named
+from agents.writing import write_episodes
+from benchmarks.algorithms import LEARNERS, Budget, Curve, Settings, reference
+from benchmarks.small_runs import Point
+from reward_models import LearnedRewardModel, LexiconSentiment, distinct_n
+from reward_models.assets import sentiment_lexicon
+from text_env import TextVecEnv
+from text_env.prompts import load_prompts
+from text_env.vocabulary import load_tokenizer
+
+Episodes = list[dict[str, Any]]
+Writer = Callable[[], Episodes]
+"""What this task makes of a policy: continues each test prompt once. Episodes are final infos,
+with `ref_kl`, the exact KL to the warm start over each episode's states, in nats."""
+Choose = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Maps observations (n, L) and log π_ref (n, V) to probabilities of the next token (n, V)."""
+
+TEMPERATURE = 0.7
+"""Divides the logits of all that write, the reference included."""
+
+
+def prepare(folder: Path) -> None:
+    """Make the run folder that the task stands on, if it is not there: `sft` and `reward`."""
+    for stage, left in (("sft", "sft"), ("reward", "reward_model")):
+        if not (folder / left).exists() and train.main([stage, "--run", str(folder)]) != 0:
+            raise SystemExit(f"train.py {stage} failed in {folder}")
+
+
+class Movies:
+    """The main job's task: continue a sentence about a film so that people would rate it well.
+
+    Args:
+        folder: A run folder with sft, reward_model, judge and data.
+        n_prompts: How many test prompts the measures are taken on.
+        ranks: Actions of the small networks: so many of the likeliest tokens.
+        beta: Weight of the KL penalty, score units per nat.
+    """
+
+    def __init__(
+        self, folder: Path, n_prompts: int = 64, ranks: int = 16, beta: float = 0.02
+    ) -> None:
+        self.folder, self.ranks, self.beta, self.max_new_tokens = folder, ranks, beta, 32
+        self.lm = str(folder / "sft")
+        self.dtype = train.dtype_of(train.Common(device="cpu"))
+        self.rewarder = LearnedRewardModel.load(folder / "reward_model", "cpu")
+        tokenizer = load_tokenizer(self.lm)
+        prompts, tests = (
+            load_prompts(folder / "data" / f"{name}.jsonl") for name in ("prompts", "test_prompts")
+        )
+        self.prompts, self.test_prompts = prompts, tests[:n_prompts]
+        texts = [prompt["prompt"] for prompt in (*prompts, *self.test_prompts)]
+        self._texts: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "reward_fn": self.rewarder,
+            "max_prompt_tokens": max(map(len, tokenizer(texts)["input_ids"])),
+            "max_new_tokens": self.max_new_tokens,
+            "min_new_tokens": 6,
+            "allowed_token_ids": train.tokens_of(folder / "data" / "language.jsonl", tokenizer),
+        }
+
+    # ------------------------------------------------------------------ what is learned from
+
+    def env(self, num_envs: int, **changes: Any) -> VecEnv:
+        """Return the environment of training prompts."""
+        told = self._texts | changes
+        return TextVecEnv(num_envs, prompts=self.prompts, missing_eos_penalty=1.0, **told)
+
+    def network_env(self, num_envs: int) -> VecEnv:
+        """Return the environment as ranks and hidden states."""
+        env, reader = self.env(num_envs), self.reader()
+        return VecLMFeatures(VecTopKActions(env, reader, self.ranks), reader)
+
+    def reader(self) -> LMReader:
+        """Return a reader of the warm start."""
+        n_tokens = len(self._texts["tokenizer"])
+        return LMReader(self.lm, n_tokens, "cpu", temperature=TEMPERATURE, dtype=self.dtype)
+
+    @property
+    def network_kwargs(self) -> dict[str, Any]:
+        """What a small network is told: nothing; hidden states are features enough."""
+        return {}
+
+    @property
+    def lm_kwargs(self) -> dict[str, Any]:
+        """What a policy that is a language model is told."""
+        return {
+            "lm": self.lm,
+            "temperature": TEMPERATURE,
+            "trainable_layers": 6,
+            "dtype": self.dtype,
+        }
+
+    # ------------------------------------------------------------------------ what is written
+
+    def test_env(self, copies: int = 1) -> TextVecEnv:
+        """Return the environment of test prompts, each so often, rows that end held."""
+        num_envs = copies * len(self.test_prompts)
+        told = self._texts | {"prompts": self.test_prompts, "shuffle": False}
+        return TextVecEnv(num_envs, autoreset=False, **told)
+
+    @cached_property
+    def _own(self) -> tuple[TextVecEnv, LMReader]:
+        """What `write` needs."""
+        return self.test_env(), self.reader()
+
+    def write(self, choose: Choose, seed: int = 0) -> Episodes:
+        """Continue each test prompt by what is chosen, given what the reference would write."""
+        env, reader = self._own
+        env.seed(seed)
+        generator, obs = np.random.default_rng(seed), env.reset()
+        ref_kl, ended = np.zeros(env.num_envs), dict[int, dict[str, Any]]()
+        while len(ended) < env.num_envs:
+            log_ref = reader.log_probs(obs, env.action_masks())
+            p = choose(obs, log_ref)
+            live = np.array([row not in ended for row in range(env.num_envs)])
+            with np.errstate(divide="ignore", invalid="ignore"):
+                per_token = np.where(p > 0, p * (np.log(p) - log_ref), 0.0)
+            ref_kl += np.where(live, per_token.sum(axis=1), 0.0)
+            cumulative = p.cumsum(axis=1)
+            draws = generator.random((len(p), 1)) * cumulative[:, -1:]
+            obs, _, dones, infos = env.step((cumulative <= draws).sum(axis=1))
+            ended |= {row: infos[row] for row in np.flatnonzero(dones).tolist()}
+        return [{**ended[row], "ref_kl": float(ref_kl[row])} for row in range(env.num_envs)]
+
+    def uniform(self) -> Writer:
+        """Write any tokens that are allowed."""
+        return lambda: self.write(lambda obs, log_ref: normalised(np.isfinite(log_ref)))
+
+    def from_network(self, read: Callable[[np.ndarray], np.ndarray]) -> Writer:
+        """Write what a network does, which maps hidden states to probabilities of ranks."""
+
+        def choose(obs: np.ndarray, log_ref: np.ndarray) -> np.ndarray:
+            p = np.zeros(log_ref.shape)
+            ranked = np.argsort(-log_ref, axis=1, kind="stable")[:, : self.ranks]
+            np.put_along_axis(p, ranked, read(self._own[1].read(obs)), axis=1)
+            return normalised(np.where(np.isfinite(log_ref), p, 0.0))
+
+        return lambda: self.write(choose)
+
+    def from_lm(self, policy: CausalLMPolicy, greedy: bool = False) -> Writer:
+        """Write what a language model does, sampling or not."""
+        frozen = Reference(load_named(self.lm), policy)
+
+        def write() -> Episodes:
+            env, _ = self._own
+            env.seed(0)
+            return write_episodes(policy, env, frozen, deterministic=greedy)
+
+        return write
+
+    # ----------------------------------------------------------------------- what is measured
+
+    @cached_property
+    def scorers(self) -> dict[str, Callable[[Sequence[str], Sequence[str]], np.ndarray]]:
+        """What scores a completion: the reward model, the judge, the lexicon."""
+        judge = LearnedRewardModel.load(self.folder / "judge", "cpu")
+        lexicon = LexiconSentiment(sentiment_lexicon())
+        return {
+            "score": self.rewarder.score,
+            "judge": judge.human_scale,
+            "lexicon": lambda p, c: np.asarray(lexicon(prompts=p, completions=c)),
+        }
+
+    def measure(self, write: Writer) -> Point:
+        """Measure what is written on the test prompts."""
+        episodes = write()
+        prompts, texts = train.texts_of(episodes)
+        found = {name: float(f(prompts, texts).mean()) for name, f in self.scorers.items()}
+        found["ref_kl"] = float(np.mean([e["ref_kl"] for e in episodes]))
+        found["distinct_2"] = distinct_n(texts)
+        return found | {"value": found["score"] - self.beta * found["ref_kl"]}
+
+    def best_of(self, n: int, copies: int = 4) -> list[Point]:
+        """Measure the best of 1, 2, 4 … n samples of the reference, by the score.
+
+        Each is the expectation over all subsets of the n samples of a prompt. The KL is
+        log n − (n − 1)/n, where no completion has much probability by itself; else it is less
+        (Beirami et al. 2024).
+        """
+        env, policy = self.test_env(copies), reference(self)
+        env.seed(0)
+        rounds = math.ceil(n / copies)
+        episodes = [episode for _ in range(rounds) for episode in write_episodes(policy, env)]
+        prompts, texts = train.texts_of(episodes)
+        shape = (rounds * copies, len(self.test_prompts))
+        scores = {name: f(prompts, texts).reshape(shape)[:n] for name, f in self.scorers.items()}
+        order = scores["score"].argsort(axis=0, kind="stable")
+        points = []
+        for m in (2**i for i in range(int(math.log2(n)) + 1)):
+            weights = chance_to_be_best(n, m)[:, None]
+            found = {
+                name: float((weights * np.take_along_axis(s, order, axis=0)).sum(axis=0).mean())
+                for name, s in scores.items()
+            }
+            ref_kl = math.log(m) - (m - 1) / m
+            value = found["score"] - self.beta * ref_kl
+            points.append({"n": m, **found, "ref_kl": ref_kl, "value": value})
+        return points
+
+
+def normalised(p: np.ndarray) -> np.ndarray:
+    """Divide each row by its sum; (n, V) float64."""
+    return p / p.sum(axis=1, keepdims=True, dtype=np.float64)
+
+
+def chance_to_be_best(n: int, m: int) -> np.ndarray:
+    """Return how likely the i-th lowest of n is the highest of m drawn of them, (n,).
+
+    C(i − 1, m − 1) / C(n, m): the m − 1 others are among the i − 1 that are lower.
+    """
+    return np.array([math.comb(i, m - 1) / math.comb(n, m) for i in range(n)])
+
+
+def run_movies(
+    folder: Path, algorithm: str, settings: Settings, seed: int, budget: Budget
+) -> list[Point]:
+    """Do a run on movie sentences; return what was measured as it went on.
+
+    Args:
+        folder: As for `Movies`.
+        algorithm: Its name, after which ", β = …" may follow.
+        settings: Its own, `beta` as for `Movies`, and `measurements`, not counting the first.
+        seed: Of everything random.
+        budget: What it may use.
+    """
+    settings = dict(settings)
+    measurements = settings.pop("measurements", 1)
+    task = Movies(folder, beta=settings.pop("beta", 0.02))
+    if algorithm.startswith("best of "):
+        found = task.best_of(int(algorithm.removeprefix("best of ")))
+        return [{"tokens": 0, "seconds": 0.0, **point} for point in found]
+    curve = Curve(task.measure, budget, measurements)
+    LEARNERS[algorithm.partition(", β")[0]](task, settings, seed, curve)
+    return curve.points

@@ -3,6 +3,7 @@
     python train.py                      the main job: all stages with their defaults
     python train.py STAGE --help         one stage alone: sft, reward, ppo, evaluate
     python train.py run --config F.yaml  the same with a file of settings
+    python train.py annotate, feedback, compare, loop   with people, or simulated ones: --help
     torchrun --nproc-per-node 2 -- train.py …   the same, PPO on several processes
 
 Every stage reads what the ones before left in the run folder and adds its own part; each input
@@ -11,9 +12,11 @@ can be given by hand instead. Nothing heavy is imported before the arguments are
 
 import ctypes
 import gc
+import getpass
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import sys
@@ -24,7 +27,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
     from transformers import PreTrainedTokenizerBase
 
-    from reward_models import LearnedRewardModel
+    from agents import CausalLMPolicy
+    from reward_models import LearnedRewardModel, RewardEnsemble
+    from reward_models.feedback import FeedbackStore, Task
+    from text_env import TextVecEnv
 
 Scorer = Callable[[Sequence[str], Sequence[str]], "np.ndarray"]
 Episodes = list[dict[str, Any]]
@@ -88,6 +94,8 @@ class Reward:
 
     model: str = "minilm"
     """What both start from: a folder, a hub id, or minilm (MiniLM-L6, fetched once)."""
+    members: int = 1
+    """More than one: the reward is an ensemble of so many models, their mean less their spread."""
     feedback: Path | None = None
     """Feedback to learn the reward from (.jsonl: ratings, comparisons, labels)."""
     judge_feedback: Path | None = None
@@ -108,7 +116,9 @@ class PPO:
     """Token-level PPO against the reward model, held to the warm start by a KL penalty."""
 
     policy: str | None = None
-    """The LM to train, which is also the reference: a folder or hub id. None: the run's sft/."""
+    """The LM to train: a folder or hub id. None: the run's sft/."""
+    reference: str | None = None
+    """The LM that the policy is held to. None: the policy as it is at the start."""
     reward_model: str | None = None
     """A folder or hub id of a sequence classifier with one label. None: the run's."""
     prompts: Path | None = None
@@ -172,8 +182,22 @@ class PPO:
     """Rollouts between saves of the policy; it is always saved at the end."""
 
 
+@dataclass(kw_only=True)
+class Writing:
+    """How completions are written; what is not given is as the run's policy was trained."""
+
+    vocabulary: Path | None = None
+    """Texts whose tokens are all that may be written with."""
+    max_new_tokens: int | None = None
+    """Longest completion, tokens."""
+    min_new_tokens: int | None = None
+    """Tokens before a completion may end."""
+    temperature: float | None = None
+    """Divides the logits."""
+
+
 @dataclass
-class Evaluate:
+class Evaluate(Writing):
     """Held-out prompts, before and after: scores, KL, text statistics, samples, a report."""
 
     prompts: Path | None = None
@@ -188,14 +212,6 @@ class Evaluate:
     """None: the run's reward_model/."""
     judge: str | None = None
     """None: the run's judge/, if there is one."""
-    vocabulary: Path | None = None
-    """This, and the three below: None: as the run's policy was trained."""
-    max_new_tokens: int | None = None
-    """Longest completion, tokens."""
-    min_new_tokens: int | None = None
-    """Tokens before a completion may end."""
-    temperature: float | None = None
-    """Divides the logits."""
     best_of: int = 4
     """Samples of the reference per prompt for the best-of-n baseline; 1 leaves it out."""
     n_samples: int = 10
@@ -206,6 +222,135 @@ class Evaluate:
 class Run:
     """The main job: sft, reward, ppo, evaluate."""
 
+    sft: SFT = field(default_factory=SFT)
+    reward: Reward = field(default_factory=Reward)
+    ppo: PPO = field(default_factory=PPO)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+@dataclass
+class Annotate(Writing):
+    """People say which completions are better: on a page in the browser, or at the terminal."""
+
+    store: Path | None = None
+    """Where tasks and answers are kept. None: the run's feedback.sqlite."""
+    kind: Literal["comparison", "rating", "label"] = "comparison"
+    """What is asked: which of two is better, how good one is from 1 to 5, or whether it is good."""
+    tasks: Path | None = None
+    """Completions to ask about (.jsonl). None: samples of the policy, if the store has no task."""
+    policy: str | None = None
+    """Whose samples are asked about. None: the run's policy/, or its sft/."""
+    against: str | None = None
+    """A second policy, whose samples are set beside those of the first."""
+    prompts: Path | None = None
+    """Prompts of the samples. None: the run's."""
+    n_prompts: int = 100
+    """How many of them are used."""
+    samples: int = 2
+    """Completions per prompt, of each policy."""
+    ensemble: Path | None = None
+    """Reward models, as `reward --members` makes them: what they differ on is asked first."""
+    overlap_share: float = 0.1
+    """Share of the tasks that several people are asked, to see how far they agree."""
+    overlap_annotators: int = 3
+    """How many people that is."""
+    gold_rate: float = 0.1
+    """Share of the questions whose answer is known, while there are such."""
+    terminal: bool = False
+    """Ask here, not on a page."""
+    annotator: str | None = None
+    """Who answers at the terminal, or whom an account on the page is made for."""
+    host: str = "127.0.0.1"
+    """Address of the page; others than this machine's own are reachable from outside."""
+    port: int = 8000
+    """Port of the page."""
+    certificate: Path | None = None
+    """TLS certificate of the page; without it passwords cross a network in the clear."""
+    key: Path | None = None
+    """Its key."""
+
+
+@dataclass
+class Import:
+    """Answers that were given elsewhere."""
+
+    file: Path
+    """Records (.jsonl), or ratings (.csv with the columns prompt, completion, rating)."""
+    scale: tuple[float, float] = (1.0, 5.0)
+    """Of the ratings in a .csv that names none."""
+    store: Path | None = None
+    """Where they go. None: the run's feedback.sqlite."""
+
+
+@dataclass
+class Export:
+    """Answers as a file."""
+
+    file: Path
+    """Where to: .jsonl, for `reward --feedback` and TRL's trainers, or .csv for ratings alone."""
+    kind: Literal["comparison", "rating", "label"] | None = None
+    """Answers of one kind only."""
+    ties: bool = True
+    """Ties too; TRL's trainers would take one for a preference."""
+    store: Path | None = None
+    """Where they are. None: the run's feedback.sqlite."""
+
+
+@dataclass
+class Forget:
+    """One person's answers, name and password are erased."""
+
+    name: str
+    """As at sign-in, or the pseudonym."""
+    store: Path | None = None
+    """Where they are. None: the run's feedback.sqlite."""
+
+
+@dataclass
+class Compare(Writing):
+    """Two policies on the same prompts: how often is the first one's completion the better?"""
+
+    first: str
+    """A policy: folder or hub id."""
+    second: str
+    """Another one."""
+    prompts: Path | None = None
+    """Prompts that neither was trained on. None: the run's test prompts."""
+    n_prompts: int = 100
+    """How many of them are used."""
+    ask: bool = False
+    """Ask people too: the pairs become tasks for `annotate`, and their answers are counted."""
+    store: Path | None = None
+    """Where these tasks and answers are. None: the run's feedback.sqlite."""
+
+
+@dataclass
+class Simulated:
+    """People made of a formula, who answer by the reward model of the run's own data."""
+
+    annotators: int = 3
+    """How many there are."""
+    rationality: float = 2.0
+    """How sure they are, per unit of the score; 0 answers at random."""
+    tie_band: float = 0.2
+    """Log-odds within which they find two completions equally good."""
+    position_bias: float = 0.0
+    """Log-odds in favour of the completion that is shown first."""
+    laziness: float = 0.0
+    """Share of the answers given without reading."""
+
+
+@dataclass
+class Loop:
+    """Round after round: sample, ask, fit, PPO from the last policy, evaluate."""
+
+    rounds: int = 3
+    """How many; more can be added later."""
+    comparisons: int = 300
+    """Pairs of completions that people are asked about in each round."""
+    people: Literal["real", "simulated"] = "real"
+    """Who answers. Real people stop the loop until they have: call it again then."""
+    simulated: Simulated = field(default_factory=Simulated)
     sft: SFT = field(default_factory=SFT)
     reward: Reward = field(default_factory=Reward)
     ppo: PPO = field(default_factory=PPO)
@@ -265,7 +410,7 @@ def sft(common: Common, settings: SFT) -> None:
 
 def reward(common: Common, settings: Reward) -> None:
     """Learn reward model and judge from human feedback; leaves reward_model and judge."""
-    from reward_models import LearnedRewardModel, read_feedback
+    from reward_models import LearnedRewardModel, RewardEnsemble, read_feedback
 
     if settings.feedback is None:
         parts = {name: data(common) / f"{name}.jsonl" for name in ("reward_model", "judge")}
@@ -277,9 +422,13 @@ def reward(common: Common, settings: Reward) -> None:
         feedback = {name: read_feedback(file) for name, file in parts.items()}
         for seed, (name, file) in enumerate(parts.items(), start=common.seed):
             records = feedback[name]
-            model = LearnedRewardModel.from_pretrained(
-                named_model(settings.model), device_of(common), seed=seed
-            )
+            start = {"device": device_of(common), "seed": seed}
+            base = named_model(settings.model)
+            model: LearnedRewardModel | RewardEnsemble
+            if name == "reward_model" and settings.members > 1:
+                model = RewardEnsemble.from_pretrained(base, settings.members, **start)
+            else:
+                model = LearnedRewardModel.from_pretrained(base, **start)
             report = model.fit(
                 records,
                 settings.held_out,
@@ -355,7 +504,7 @@ def train_policy(common: Common, settings: PPO) -> None:
             autoreset=not whole,
             tokenizer=tokenizer,
             prompts=settings.prompts or data(common) / "prompts.jsonl",
-            reward_fn=LearnedRewardModel.load(reward_model, device_of(common)),
+            reward_fn=load_reward(reward_model, common),
             max_new_tokens=settings.max_new_tokens,
             min_new_tokens=settings.min_new_tokens,
             missing_eos_penalty=settings.missing_eos_penalty,
@@ -385,6 +534,7 @@ def train_policy(common: Common, settings: PPO) -> None:
             value_warmup=settings.value_warmup,
             shard=settings.shard,
             kl_coef=settings.kl_coef,
+            ref_lm=settings.reference,
             target_ref_kl=settings.target_ref_kl,
             kl_horizon=settings.kl_horizon,
             stats_window_size=max(100, settings.n_envs),
@@ -437,7 +587,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         policy = settings.policy or str(left_by("ppo", folder / "policy"))
         reward_model = settings.reward_model or left_by("reward", folder / "reward_model")
         prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
-        rewarder = LearnedRewardModel.load(reward_model, device_of(common))
+        rewarder = load_reward(reward_model, common)
         scorers: dict[str, Scorer] = {"score": rewarder.score}
         if settings.judge or (folder / "judge").exists():
             judge = LearnedRewardModel.load(settings.judge or folder / "judge", device_of(common))
@@ -460,6 +610,316 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         write_report(folder, made, facts, groups, scores, settings)
     say(summary(facts))
     say(f"Report: {folder / 'report.md'}")
+
+
+# --------------------------------------------------------------------------------- people
+
+
+def annotate(common: Common, settings: Annotate) -> None:
+    """Ask people about completions, on a page or here; answers go to the run's feedback.sqlite."""
+    from reward_models.feedback import Accounts, FeedbackStore
+    from reward_models.feedback.terminal import annotate as ask_here
+
+    file = store_file(common, settings.store)
+    with (
+        FeedbackStore(file, common.seed, settings.gold_rate) as store,
+        Accounts(file) as accounts,
+    ):
+        given = (settings.tasks, settings.policy, settings.against, settings.prompts)
+        if any(value is not None for value in given) or store.count_tasks() == 0:
+            tasks = tasks_to_ask(common, settings)
+            overlap = (settings.overlap_share, settings.overlap_annotators)
+            say(f"{store.add(tasks, *overlap)} new tasks")
+        if settings.terminal:
+            name = settings.annotator or getpass.getuser()
+            account = accounts.find(name) or accounts.create(name)
+            ask_here(store, account.pseudonym)
+            return
+        from reward_models.feedback.web import serve, set_up_account
+
+        set_up_account(accounts, settings.annotator)
+        scheme = "http" if settings.certificate is None else "https"
+        say(f"Annotate at {scheme}://{settings.host}:{settings.port}/ (Ctrl-C ends it)")
+        serve(
+            store,
+            accounts,
+            settings.host,
+            settings.port,
+            certificate=None if settings.certificate is None else str(settings.certificate),
+            key=None if settings.key is None else str(settings.key),
+        )
+
+
+def tasks_to_ask(common: Common, settings: Annotate) -> "list[Task]":
+    """Read tasks from a file, or sample them from one policy or two."""
+    from reward_models.feedback import (
+        tasks_from_completions,
+        tasks_from_jsonl,
+        tasks_side_by_side,
+    )
+    from text_env.prompts import load_prompts
+
+    if settings.tasks is not None:
+        tasks = tasks_from_jsonl(settings.tasks, settings.kind)
+    else:
+        set_up(common)
+        folder = folder_of(common)
+        settings = as_in_ppo(folder, settings)
+        policy = settings.policy
+        if policy is None:
+            trained = folder / "policy"
+            policy = str(trained if trained.exists() else left_by("sft", folder / "sft"))
+        prompts = some_prompts(
+            load_prompts(settings.prompts or data(common) / "prompts.jsonl"),
+            settings.n_prompts,
+            common.seed,
+        )
+        mine = samples_of(common, settings, policy, prompts, settings.samples)
+        if settings.against is None:
+            tasks = tasks_from_completions(mine, settings.kind, policy)
+        else:
+            theirs = samples_of(common, settings, settings.against, prompts, settings.samples)
+            tasks = tasks_side_by_side(mine, theirs, (policy, settings.against))
+    if settings.ensemble is not None:
+        tasks = with_uncertainty(common, tasks, settings.ensemble)
+    return tasks
+
+
+def some_prompts(prompts: list[dict[str, Any]], n: int, seed: int) -> list[dict[str, Any]]:
+    """Draw n of the prompts, all of them if there are fewer."""
+    return random.Random(seed).sample(prompts, min(n, len(prompts)))
+
+
+def with_uncertainty(common: Common, tasks: "list[Task]", ensemble: Path) -> "list[Task]":
+    """Say of each task how far the members of an ensemble differ on it."""
+    from reward_models import RewardEnsemble
+
+    model = RewardEnsemble.load(ensemble, device_of(common))
+    prompts = [task.prompt for task in tasks]
+    sides = list(zip(*(task.completions for task in tasks), strict=True))
+    unsure = (model.pair_uncertainty if len(sides) == 2 else model.spread)(prompts, *sides)
+    return [replace(t, uncertainty=float(u)) for t, u in zip(tasks, unsure, strict=True)]
+
+
+def store_file(common: Common, given: Path | None, there: bool = False) -> Path:
+    """Return the file of tasks and answers; if it is to be `there`, say how it is made."""
+    file = given or folder_of(common) / "feedback.sqlite"
+    if there and not file.exists():
+        raise FileNotFoundError(
+            f"expected {file}, which `python train.py annotate` or `feedback import` makes"
+        )
+    return file
+
+
+def import_answers(common: Common, settings: Import) -> None:
+    """Take up answers from a file: records (.jsonl) or ratings (.csv)."""
+    from reward_models.feedback import FeedbackStore, read_feedback, read_ratings_csv
+
+    if settings.file.suffix == ".csv":
+        records = read_ratings_csv(settings.file, settings.scale)
+    else:
+        records = read_feedback(settings.file)
+    with FeedbackStore(store_file(common, settings.store)) as store:
+        say(f"{store.import_records(records)} new answers of {len(records)}")
+
+
+def export_answers(common: Common, settings: Export) -> None:
+    """Write the answers to a file: records (.jsonl), or ratings (.csv)."""
+    from reward_models.feedback import FeedbackStore, write_feedback, write_ratings_csv
+
+    if settings.file.exists() and not common.overwrite:
+        raise FileExistsError(f"{settings.file} exists already: pass --overwrite true")
+    with FeedbackStore(store_file(common, settings.store, there=True)) as store:
+        kind = "rating" if settings.file.suffix == ".csv" else settings.kind
+        records = store.export(kind, settings.ties)
+    write = write_ratings_csv if settings.file.suffix == ".csv" else write_feedback
+    say(f"{len(records)} answers: {write(settings.file, records)}")
+
+
+def forget(common: Common, settings: Forget) -> None:
+    """Erase one person's answers, name and password."""
+    from reward_models.feedback import FeedbackStore
+
+    with FeedbackStore(store_file(common, settings.store, there=True)) as store:
+        say(f"{store.forget(settings.name)} answers erased")
+
+
+def compare(common: Common, settings: Compare) -> None:
+    """Say how often one policy's completions are better than another's: judge, reward, people."""
+    import numpy as np
+
+    from reward_models.feedback import FeedbackStore, tasks_side_by_side
+    from reward_models.feedback.agreement import Share, win_rates, wilson_interval
+    from text_env.prompts import load_prompts
+
+    set_up(common)
+    folder, policies = folder_of(common), (settings.first, settings.second)
+    settings = as_in_ppo(folder, settings)
+    prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
+    prompts = some_prompts(prompts, settings.n_prompts, common.seed)
+    mine, theirs = (samples_of(common, settings, lm, prompts, 1) for lm in policies)
+    found: dict[str, Any] = {}
+    for name in ("judge", "reward_model"):
+        if not (folder / name).exists():
+            continue
+        model = load_reward(folder / name, common)
+        better = [
+            model.score(list(side), [texts[0] for texts in side.values()])
+            for side in (mine, theirs)
+        ]
+        wins = float(np.sum(better[0] > better[1]) + 0.5 * np.sum(better[0] == better[1]))
+        found[name] = Share(wins / len(mine), *wilson_interval(wins, len(mine)), len(mine))
+    file = store_file(common, settings.store)
+    if settings.ask:
+        with FeedbackStore(file, common.seed) as store:
+            new = store.add(tasks_side_by_side(mine, theirs, policies))
+        say(f"{new} new tasks: python train.py annotate --run {folder}")
+    if file.exists():
+        with FeedbackStore(file) as store:
+            rates = win_rates(store.answers())
+        found |= {"people": r.share for r in rates if (r.first, r.second) == policies}
+    if not found:
+        raise ValueError(f"expected a judge or reward_model in {folder}, or answers; found none")
+    say(f"{settings.first} is better than {settings.second}, on {len(mine)} prompts:")
+    for name, share in found.items():
+        say(f"  {name}: {share.share:.2f} [{share.low:.2f}, {share.high:.2f}] of {share.n:g}")
+    rows = [{"prompt": p, "first": mine[p][0], "second": theirs[p][0]} for p in mine]
+    result = {"policies": policies, "win_rate": {k: v._asdict() for k, v in found.items()}}
+    write_text(
+        folder / "compare.json",
+        json.dumps(result | {"samples": rows}, indent=1, ensure_ascii=False),
+    )
+
+
+def loop(common: Common, settings: Loop) -> None:
+    """Go round: sample, ask people, fit a reward model, PPO from the last policy, evaluate.
+
+    A round is a folder of the run. What is there is not done again, so a loop that was stopped, by
+    people who have not answered yet or by anything else, goes on where it was.
+    """
+    from reward_models.feedback import FeedbackStore, write_feedback
+    from text_env.prompts import load_prompts
+
+    folder = folder_of(common)
+    first = prepare_loop(common, settings)
+    prompts = settings.ppo.prompts or data(common) / "prompts.jsonl"
+    vocabulary = settings.ppo.vocabulary
+    if vocabulary is None and settings.ppo.prompts is None:
+        vocabulary = data(common) / "language.jsonl"
+    policy, ensemble = first, None
+    for number in range(1, settings.rounds + 1):
+        turn = replace(common, run=folder / f"round-{number}", seed=common.seed + number)
+        here = folder_of(turn)
+        here.mkdir(exist_ok=True)
+        say(f"==== round {number}")
+        with FeedbackStore(store_file(common, None), common.seed) as store:
+            asked = here / "asked.json"
+            if not asked.exists():
+                set_up(turn)
+                told = Annotate(policy=policy, vocabulary=vocabulary, **written_as(settings.ppo))
+                some = some_prompts(load_prompts(prompts), settings.comparisons, turn.seed)
+                n = 2 * -(-settings.comparisons // len(some)) * (1 if ensemble is None else 2)
+                tasks = tasks_from_round(samples_of(turn, told, policy, some, n), here.name)
+                if ensemble is not None:
+                    tasks = with_uncertainty(turn, tasks, ensemble)
+                store.add(tasks)
+                write_text(asked, json.dumps({"tasks": len(tasks)}))
+            records = here / "feedback.jsonl"
+            if not records.exists():
+                if settings.people == "simulated":
+                    simulate(turn, settings, store)
+                answered = {a.task_id for a in store.answers() if here.name in a.task.origins}
+                if len(answered) < settings.comparisons:
+                    say(
+                        f"{len(answered)} of {settings.comparisons} comparisons have an answer: "
+                        f"python train.py annotate --run {folder}; then call the loop again"
+                    )
+                    return
+                write_feedback(records, store.export("comparison"))
+        made = {name: here / name for name in ("reward_model", "policy", "report.md")}
+        if not made["reward_model"].exists():
+            reward(turn, replace(settings.reward, feedback=records, judge_feedback=None))
+        if not made["policy"].exists():
+            learned = str(made["reward_model"])
+            told = {"policy": policy, "reference": first, "reward_model": learned}
+            told |= {"prompts": prompts, "vocabulary": vocabulary}
+            ppo(turn, replace(settings.ppo, **told))
+        if not made["report.md"].exists():
+            told = {
+                "policy": str(made["policy"]),
+                "reference": first,
+                "judge": str(folder / "judge"),
+            }
+            tests = settings.evaluate.prompts or data(common) / "test_prompts.jsonl"
+            evaluate(turn, replace(settings.evaluate, prompts=tests, **told))
+        policy = str(made["policy"])
+        ensemble = made["reward_model"] if settings.reward.members > 1 else None
+        write_loop_report(folder, number)
+    say(f"Report: {folder / 'loop.md'}")
+
+
+def prepare_loop(common: Common, settings: Loop) -> str:
+    """Make what the rounds stand on: first policy, judge, and what simulated people answer by.
+
+    Returns:
+        The first policy, which is the reference of every round.
+    """
+    folder = folder_of(common)
+    if settings.ppo.policy is None and not (folder / "sft").exists():
+        sft(common, settings.sft)
+    if not (folder / "judge").exists():
+        reward(common, settings.reward)
+    if not (folder / "judge").exists():
+        raise ValueError("expected reward.judge_feedback: a loop with own feedback needs a judge")
+    return settings.ppo.reference or settings.ppo.policy or str(folder / "sft")
+
+
+def written_as(settings: PPO) -> dict[str, Any]:
+    """Return how a policy that is trained so writes."""
+    return {f.name: getattr(settings, f.name) for f in fields(Writing) if f.name != "vocabulary"}
+
+
+def tasks_from_round(written: dict[str, list[str]], name: str) -> "list[Task]":
+    """Make comparisons of a round's samples, named after it."""
+    from reward_models.feedback import tasks_from_completions
+
+    return tasks_from_completions(written, "comparison", name)
+
+
+def simulate(common: Common, settings: Loop, store: "FeedbackStore") -> None:
+    """Let simulated people answer what is asked, until there are enough answers to the round."""
+    from reward_models.feedback.simulated import SimulatedAnnotator
+
+    told = settings.simulated
+    known = load_reward(folder_of(common).parent / "reward_model", common)
+    people = [
+        SimulatedAnnotator(
+            known,
+            rationality=told.rationality,
+            tie_band=told.tie_band,
+            position_bias=told.position_bias,
+            laziness=told.laziness,
+            seed=1000 * common.seed + i,
+            pseudonym=f"simulated-{i + 1}",
+        )
+        for i in range(told.annotators)
+    ]
+    bar = progress(settings.comparisons, "answering")
+    answered: set[int] = set()
+    while len(answered) < settings.comparisons:
+        asked = [(p, a) for p in people if (a := store.next_task(p.pseudonym)) is not None]
+        if not asked:
+            break
+        for person, assignment in asked:
+            chosen = person.compare(assignment.task.prompt, *assignment.shown)
+            store.answer(
+                assignment.id,
+                person.pseudonym,
+                {"first": "left", "second": "right", "tie": "tie"}[chosen],
+            )
+            answered.add(assignment.task_id)
+        bar.update(len(answered) - bar.n)
+    bar.close()
 
 
 # -------------------------------------------------------------------- data, folders, models
@@ -601,7 +1061,7 @@ def require_files(settings: Run) -> None:
 def refuse_to_replace(common: Common, name: str) -> None:
     """Raise FileExistsError if a stage, or one of a whole run, would replace results."""
     names = list(MAKES) if name == "run" else [name]
-    paths = [folder_of(common) / made for stage_name in names for made in MAKES[stage_name]]
+    paths = [folder_of(common) / made for stage in names for made in MAKES.get(stage, ())]
     there = [str(path) for path in paths if path.exists()]
     if there and not common.overwrite:
         missing = [
@@ -663,6 +1123,16 @@ def named_model(name: str) -> str:
 
     known = {"smollm2": assets.smollm2, "minilm": assets.minilm}
     return str(known[name]()) if name in known else name
+
+
+def load_reward(
+    path: "str | os.PathLike[str]", common: Common
+) -> "LearnedRewardModel | RewardEnsemble":
+    """Load a reward model, or an ensemble of them, from a folder; one model from a hub id."""
+    from reward_models import LearnedRewardModel, RewardEnsemble
+
+    kind = RewardEnsemble if (Path(path) / "ensemble.json").exists() else LearnedRewardModel
+    return kind.load(path, device_of(common))
 
 
 def device_of(common: Common) -> "th.device":
@@ -804,7 +1274,10 @@ def texts_of(episodes: Episodes) -> tuple[list[str], list[str]]:
 WARM_START, POLICY, GREEDY = "warm start", "policy", "warm start, greedy"
 
 
-def as_in_ppo(folder: Path, settings: Evaluate) -> Evaluate:
+WritingT = TypeVar("WritingT", bound=Writing)
+
+
+def as_in_ppo(folder: Path, settings: WritingT) -> WritingT:
     """Fill in how the run's policy was trained to write, where the settings leave it open."""
     file = folder / "stages" / "ppo.json"
     written = json.loads(file.read_text(encoding="utf-8"))["writing"] if file.exists() else {}
@@ -822,7 +1295,7 @@ def write_all(
     settings: Evaluate,
     reference: str,
     policy: str,
-    rewarder: "LearnedRewardModel",
+    rewarder: "LearnedRewardModel | RewardEnsemble",
     prompts: list[dict[str, Any]],
 ) -> dict[str, Episodes]:
     """Let policy, warm start and baselines each continue every prompt once.
@@ -832,54 +1305,26 @@ def write_all(
     """
     import numpy as np
 
-    from agents import CausalLMPolicy
     from agents.language_model import Reference
     from agents.writing import write_episodes
-    from text_env import TextVecEnv
-    from text_env.vocabulary import load_tokenizer
 
-    assert settings.max_new_tokens is not None and settings.min_new_tokens is not None
-    assert settings.temperature is not None
-    temperature = settings.temperature
-    tokenizer = load_tokenizer(policy)
-    env = TextVecEnv(
-        num_envs=len(prompts),
-        autoreset=False,
-        tokenizer=tokenizer,
-        prompts=prompts,
-        shuffle=False,
-        reward_fn=rewarder,
-        max_new_tokens=settings.max_new_tokens,
-        min_new_tokens=settings.min_new_tokens,
-        allowed_token_ids=tokens_of(settings.vocabulary, tokenizer),
-    )
+    env = writing_env(common, settings, policy, prompts, rewarder)
 
-    def writer(lm: str) -> CausalLMPolicy:
-        model = CausalLMPolicy(
-            env.observation_space,
-            env.action_space,
-            lambda _: 0.0,
-            lm=lm,
-            temperature=temperature,
-            trainable_layers=0,
-            dtype=dtype_of(common),
-        ).to(device_of(common))
-        model.allowed_tokens.copy_(model.allowed_tokens.new_tensor(np.array(env.allowed_tokens)))
-        return model
-
-    def write(model: CausalLMPolicy, reference: Reference | None, greedy: bool = False) -> Episodes:
+    def write(
+        model: "CausalLMPolicy", reference: Reference | None, greedy: bool = False
+    ) -> Episodes:
         bar.update()
         give_back_memory()  # an earlier writer's
         env.seed(common.seed)  # begins the prompts' order anew
         return write_episodes(model, env, reference, deterministic=greedy)
 
-    warm_start = writer(reference)
+    warm_start = writer(common, settings, env, reference)
     frozen = Reference(warm_start.lm, warm_start)
     bar = progress(2 + settings.best_of, "writing")
     samples = [write(warm_start, None) for _ in range(settings.best_of)]
     groups = {
         WARM_START: [{**e, "ref_kl": 0.0} for e in samples[0]],
-        POLICY: write(writer(policy), frozen),
+        POLICY: write(writer(common, settings, env, policy), frozen),
         GREEDY: write(warm_start, frozen, greedy=True),
     }
     if settings.best_of > 1:
@@ -889,6 +1334,69 @@ def write_all(
         groups[f"best of {settings.best_of}"] = [{**e, "ref_kl": bound} for e in best]
     bar.close()
     return groups
+
+
+def writing_env(
+    common: Common, settings: Writing, lm: str, prompts: list[dict[str, Any]], reward_fn: Any
+) -> "TextVecEnv":
+    """Return an environment of one episode per prompt; settings are filled in (`as_in_ppo`)."""
+    from text_env import TextVecEnv
+    from text_env.vocabulary import load_tokenizer
+
+    tokenizer = load_tokenizer(lm)
+    return TextVecEnv(
+        num_envs=len(prompts),
+        autoreset=False,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        shuffle=False,
+        reward_fn=reward_fn,
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        allowed_token_ids=tokens_of(settings.vocabulary, tokenizer),
+    )
+
+
+def writer(common: Common, settings: Writing, env: "TextVecEnv", lm: str) -> "CausalLMPolicy":
+    """Return a language model that writes in such an environment and learns nothing."""
+    import numpy as np
+
+    from agents import CausalLMPolicy
+
+    assert settings.temperature is not None
+    policy = CausalLMPolicy(
+        env.observation_space,
+        env.action_space,
+        lambda _: 0.0,
+        lm=lm,
+        temperature=settings.temperature,
+        trainable_layers=0,
+        dtype=dtype_of(common),
+    ).to(device_of(common))
+    policy.allowed_tokens.copy_(policy.allowed_tokens.new_tensor(np.array(env.allowed_tokens)))
+    return policy
+
+
+def samples_of(
+    common: Common, settings: Writing, lm: str, prompts: list[dict[str, Any]], n: int
+) -> dict[str, list[str]]:
+    """Let a policy continue every prompt n times; return its completions by prompt."""
+    from agents.writing import write_episodes
+
+    give_back_memory()
+    env = writing_env(
+        common, settings, lm, prompts, lambda prompts, completions, **_: [0.0] * len(completions)
+    )
+    model = writer(common, settings, env, lm)
+    bar = progress(n, f"sampling {Path(lm).name}")
+    written: dict[str, list[str]] = {}
+    for _ in range(n):
+        env.seed(common.seed)
+        for episode in write_episodes(model, env):
+            written.setdefault(episode["prompt"], []).append(episode["completion"])
+        bar.update()
+    bar.close()
+    return written
 
 
 def progress(total: int, what: str) -> Any:
@@ -1098,6 +1606,78 @@ def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
     plt.close(figure)
 
 
+def write_loop_report(folder: Path, rounds: int) -> None:
+    """Write loop.md and loop.png: what each round asked for, and what came of it."""
+    facts = []
+    for number in range(1, rounds + 1):
+        here = folder / f"round-{number}"
+        found = {
+            name: json.loads((here / "stages" / f"{name}.json").read_text(encoding="utf-8"))
+            for name in ("reward", "evaluate")
+        }
+        measured = found["evaluate"]["measures"]
+        report = found["reward"]["reward_model"]["held_out"]["comparisons"]
+        facts.append(
+            {
+                "answers": len(read_lines(here / "feedback.jsonl")),
+                "accuracy": report["accuracy"],
+                "before": measured[WARM_START],
+                "after": measured[POLICY],
+            }
+        )
+    names = {"judge": "judge", "ref_kl": "KL to the first, nats", "distinct-2": "distinct-2"}
+    lines = [
+        "# Round after round",
+        "",
+        "| round | answers so far | reward model, held-out accuracy | "
+        + " | ".join(names.values())
+        + " |",
+        "|---|---|---|" + "---|" * len(names),
+    ]
+    for number, row in enumerate([{"answers": 0, "after": facts[0]["before"]}, *facts]):
+        cells = [str(number), str(row["answers"])]
+        cells.append(f"{row['accuracy']:.2f}" if "accuracy" in row else "")
+        cells += ["{:.2f} [{:.2f}, {:.2f}]".format(*row["after"][name]) for name in names]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Brackets are 95 % intervals over the test prompts.", "", "![judge](loop.png)"]
+    write_text(folder / "loop.md", "\n".join(lines) + "\n")
+    draw_loop(folder / "loop.png", facts)
+
+
+def draw_loop(path: Path, facts: list[dict[str, Any]]) -> None:
+    """Draw the judge's mean after each round against the answers given until then."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from reward_models.atomic import atomic_file
+
+    judged = [facts[0]["before"]["judge"], *(row["after"]["judge"] for row in facts)]
+    answers = [0, *(row["answers"] for row in facts)]
+    middle, low, high = zip(*judged, strict=True)
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    reach = [
+        [m - x for m, x in zip(middle, low, strict=True)],
+        [x - m for m, x in zip(middle, high, strict=True)],
+    ]
+    axis.errorbar(answers, middle, yerr=reach, marker="o", capsize=3, color="#1f5fa8")
+    axis.set(xlabel="answers given", ylabel="judge, test prompts", xticks=answers)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
+    plt.close(figure)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once or not at all."""
+    from reward_models.atomic import atomic_file
+
+    with atomic_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------------ CLI
 
 STAGES: dict[str, tuple[Callable[..., None], type]] = {
@@ -1106,6 +1686,12 @@ STAGES: dict[str, tuple[Callable[..., None], type]] = {
     "reward": (reward, Reward),
     "ppo": (ppo, PPO),
     "evaluate": (evaluate, Evaluate),
+    "annotate": (annotate, Annotate),
+    "feedback import": (import_answers, Import),
+    "feedback export": (export_answers, Export),
+    "feedback forget": (forget, Forget),
+    "compare": (compare, Compare),
+    "loop": (loop, Loop),
 }
 
 
@@ -1116,12 +1702,18 @@ def make_parser() -> "ArgumentParser":
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="train.py", description=(__doc__ or "").split("\n\n")[0])
     subcommands = parser.add_subcommands(required=True, dest="stage")
+    nested: dict[str, Any] = {}
     for name, (function, settings) in STAGES.items():
         command = ArgumentParser(description=function.__doc__)
         command.add_argument("--config", action="config", help="A YAML file of settings.")
         command.add_class_arguments(Common)
         command.add_class_arguments(settings)
-        subcommands.add_subcommand(name, command, help=function.__doc__)
+        group, _, action = name.rpartition(" ")
+        if group and group not in nested:
+            outer = ArgumentParser(description="Answers from elsewhere, and what becomes of them.")
+            subcommands.add_subcommand(group, outer, help=outer.description)
+            nested[group] = outer.add_subcommands(required=True, dest="action")
+        nested.get(group, subcommands).add_subcommand(action, command, help=function.__doc__)
     return parser
 
 
@@ -1133,12 +1725,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     parsed = parser.parse_args(arguments)
     name, chosen = parsed.stage, parsed[parsed.stage]
+    parts = parser.instantiate(parsed)[name]
+    if name == "feedback":
+        name, parts = f"{name} {chosen.action}", parts[chosen.action]
     if "OMP_WAIT_POLICY" not in os.environ:
         # Read by GNU's OpenMP when torch is imported: threads wait for the next of many small
         # pieces of work awake, but only for microseconds, as longer would starve their neighbours.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     function, settings_type = STAGES[name]
-    parts = parser.instantiate(parsed)[name]
     common = Common(**{f.name: parts[f.name] for f in fields(Common)})
     settings = settings_type(**{f.name: parts[f.name] for f in fields(settings_type)})
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -1147,13 +1741,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if process_number() == 0:
             common.run = run_folder(common, name)
             refuse_to_replace(common, name)
-        if name == "run":
+        if name in ("run", "loop"):
             save_config(common, "config.yaml", chosen)
         if name in ("run", "ppo"):
             function(common, settings)
         else:
             on_first_process(function, common, settings)
-        if name != "run":
+        if name in MAKES:
             save_config(common, f"config-{name}.yaml", chosen)
     except KeyboardInterrupt:
         say("train.py: interrupted; what earlier stages left is in place")
@@ -1172,7 +1766,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_folder(common: Common, name: str) -> Path:
     """Return the run folder, made new for `run` and needed by hand for a single stage."""
     if common.run is None and name != "run":
-        raise ValueError(f"expected --run FOLDER, the run that stage {name} belongs to, got none")
+        raise ValueError(f"expected --run FOLDER, the run that {name} belongs to, got none")
     folder = common.run or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

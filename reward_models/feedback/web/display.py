@@ -18,7 +18,8 @@ _ORDINARY = frozenset("\u00ad\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u0
     "\U000110cd",
 }
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
-_PICTURES = {0x7F: "␡"} | {control: chr(0x2400 + control) for control in range(0x20)}
+# Names, not control pictures (␛): many systems have no font with those.
+_CONTROLS = {0x00: "NUL", 0x07: "BEL", 0x08: "BS", 0x0D: "CR", 0x1B: "ESC", 0x7F: "DEL"}
 _KANA = re.compile("[\u3040-\u30ff]")
 _HANGUL = re.compile("[\uac00-\ud7af]")
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
@@ -27,7 +28,7 @@ _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f
 def visible(text: str) -> Markup:
     """The text as markup, with control characters, bidi overrides and the like made visible.
 
-    Line feeds and tabs stay as they are; ESC becomes ␛, a right-to-left override ⟨U+202E⟩. A
+    Line feeds and tabs stay as they are; ESC becomes ⟨ESC⟩, a right-to-left override ⟨U+202E⟩. A
     carriage return before a line feed is dropped.
     """
     shown = [_shown(character) for character in text.replace("\r\n", "\n")]
@@ -51,6 +52,5 @@ def _shown(character: str) -> Markup:
     ):
         return escape(character)
     code = ord(character)
-    name = f"U+{code:04X}"
-    sign = _PICTURES.get(code, f"⟨{name}⟩")
-    return Markup('<span class="control" title="{}">{}</span>').format(name, sign)
+    name = _CONTROLS.get(code, f"U+{code:04X}")
+    return Markup('<span class="control">⟨{}⟩</span>').format(name)

@@ -11,6 +11,7 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 from httpx import Response
 
+from reward_models.feedback import accounts
 from reward_models.feedback.accounts import Accounts
 from reward_models.feedback.store import FeedbackStore
 from reward_models.feedback.tasks import Task
@@ -35,8 +36,8 @@ class Desk:
             self.accounts.create(name, PASSWORD)
 
     def open(self) -> None:
-        self.store, self.accounts = FeedbackStore(self.path), Accounts(self.path)
-        self.app = make_app(self.store, self.accounts)
+        self.store, self.accounts = FeedbackStore(self.path, gold_rate=1), Accounts(self.path)
+        self.app = make_app(self.store, self.accounts, lead="Ann")
 
     def close(self) -> None:
         for client in self.clients:
@@ -77,7 +78,8 @@ def send(client: TestClient, action: str, **values: str) -> Response:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    monkeypatch.setattr(accounts, "_PARAMETERS", (16, 8, 1))  # quick to hash
     desk = Desk(tmp_path)
     yield desk
     desk.close()
@@ -365,24 +367,25 @@ def test_every_page_is_sealed_and_names_no_other_place(desk: Desk) -> None:
 
 
 def test_the_dashboard_gives_the_figures(desk: Desk) -> None:
-    gold = Task("rating", "gold", (" text",), gold=5)
-    desk.add(COMPARISON, RATING, LABEL, gold)
-    for name, choice in (("ann", "good"), ("ben", "bad")):
+    gold = Task("rating", "5 is right", (" text",), gold=5)
+    desk.add(
+        COMPARISON, LABEL, gold, *(replace_prompt(RATING, f"{i} is right") for i in range(1, 5))
+    )
+    for name, label in (("ann", "good"), ("ben", "bad")):
         client = desk.signed_in(name)
         while "Nothing left" not in (page := client.get("/").text):
-            value = choice if "good or bad" in page else "5" if "How good" in page else "tie"
+            right = re.search(r">(\d) is right", page)
+            value = right[1] if right else label if "good or bad" in page else "tie"
             send(client, "/answer", answer=value)
-    page = client.get("/dashboard").text
+    page = re.sub(r"\s+", " ", client.get("/dashboard").text)
     for expected in (
-        "<dd>8<",
+        "<dd>14<",
         "by 2 people",
-        "α 1.00",  # both gave the same ratings…
-        "100 % of 2 pairs agree",
-        "0 % of 1 pairs agree",  # …and opposite labels
+        'α 1.00 <span class="small quiet">100 % of 5 pairs agree',
+        "0 % of 1 pairs agree",
         "(you)",
-        "runs/plain",
-        "runs/tuned",
-        "50 %",
+        "100 % (21 to 100 %)",  # each right on the one gold question
+        'runs/plain</th> <td class="start">runs/tuned</td> <td>1</td> <td>50 % (5 to 95 %)',
         "<strong>good</strong> × 1 · <strong>bad</strong> × 1",
     ):
         assert expected in page, expected
@@ -408,10 +411,10 @@ def test_serving_needs_somebody_who_can_sign_in(tmp_path: Path) -> None:
     path = tmp_path / "feedback.db"
     with (
         FeedbackStore(path) as store,
-        Accounts(path) as accounts,
+        Accounts(path) as nobody,
         pytest.raises(ValueError, match="expected an account that can sign in, got none"),
     ):
-        serve(store, accounts, host="0.0.0.0")
+        serve(store, nobody, host="0.0.0.0")
 
 
 def test_the_first_account_is_set_up_at_the_terminal(tmp_path: Path) -> None:
@@ -422,3 +425,13 @@ def test_the_first_account_is_set_up_at_the_terminal(tmp_path: Path) -> None:
         made = set_up_first_account(accounts, lambda _: "Ann", lambda _: next(secrets))
         assert made is not None and accounts.verify("ann", PASSWORD) == made
         assert set_up_first_account(accounts, pytest.fail, pytest.fail) is None
+
+
+def test_whoever_answered_at_the_terminal_gets_a_password_first(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.db"
+    with FeedbackStore(path) as store, Accounts(path) as accounts:
+        made = accounts.create("Ann")
+        with pytest.raises(ValueError, match="expected an account that can sign in"):
+            serve(store, accounts)
+        assert set_up_first_account(accounts, lambda _: "Ann", lambda _: PASSWORD) == made
+        assert accounts.verify("Ann", PASSWORD) == made

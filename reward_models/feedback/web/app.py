@@ -12,7 +12,7 @@ from fastapi.responses import RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-from reward_models.feedback.accounts import Account, Accounts
+from reward_models.feedback.accounts import Account, Accounts, account_name
 from reward_models.feedback.database import StoreError
 from reward_models.feedback.store import FeedbackStore
 from reward_models.feedback.web import pages, sessions
@@ -30,22 +30,25 @@ def make_app(
     accounts: Accounts,
     host: str = "127.0.0.1",
     names: Sequence[str] = (),
+    lead: str | None = None,
     throttle: Throttle | None = None,
 ) -> FastAPI:
     """The annotation page.
 
     Args:
         store: where tasks come from and answers go.
-        accounts: who may sign in; the oldest account runs the collection, and its dashboard
-            shows disagreements on tasks that it has not answered itself.
+        accounts: who may sign in.
         host: the address that the page is served at. A loopback address is answered to under
             loopback names only, a wildcard under every IP address.
         names: further names of the server, those that a proxy forwards for instance.
+        lead: name of the account that runs the collection. Its dashboard shows disagreements on
+            all tasks; that of the others, lest it sway them, on those they have answered.
         throttle: of the attempts to sign in.
     """
     app = FastAPI(title="Feedback", openapi_url=None, docs_url=None, redoc_url=None)
     app.state.store = store
     app.state.accounts = accounts
+    app.state.lead = None if lead is None else account_name(lead)
     app.state.throttle = throttle or Throttle()
     app.include_router(sessions.router)
     app.include_router(pages.router)
@@ -66,6 +69,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     names: Sequence[str] = (),
+    lead: str | None = None,
     certificate: str | None = None,
     key: str | None = None,
 ) -> None:
@@ -77,6 +81,7 @@ def serve(
         host: the address to listen at; others than loopback can be reached from outside.
         port: the port to listen at.
         names: further names of the server.
+        lead: name of the account that runs the collection.
         certificate: file with a TLS certificate. Without one, passwords cross the network in
             the clear.
         key: file with its key.
@@ -84,12 +89,12 @@ def serve(
     Raises:
         ValueError: if nobody could sign in.
     """
-    if not accounts.all():
+    if not accounts.anybody_can_sign_in():
         raise ValueError("expected an account that can sign in, got none: make one first")
     if host not in LOOPBACK and certificate is None:
         logger.warning("%s without TLS: passwords and texts can be read on the way", host)
     uvicorn.run(
-        make_app(store, accounts, host, names),
+        make_app(store, accounts, host, names, lead),
         host=host,
         port=port,
         log_level="warning",
@@ -105,7 +110,7 @@ def set_up_first_account(
     ask: Callable[[str], str] = input,
     ask_secretly: Callable[[str], str] = getpass.getpass,
 ) -> Account | None:
-    """Ask at the terminal for name and password of the first account, unless there is one.
+    """Ask at the terminal for a name and a password, unless somebody can sign in already.
 
     Args:
         accounts: who may sign in.
@@ -113,18 +118,22 @@ def set_up_first_account(
         ask_secretly: the same without showing what is typed.
 
     Returns:
-        The account made, or None if there were some.
+        The account, or None if there was nothing to ask for.
 
     Raises:
         ValueError: if the passwords typed differ, or `Accounts.create` does not take them.
     """
-    if accounts.all():
+    if accounts.anybody_can_sign_in():
         return None
     name = ask("Name to sign in with: ")
     password = ask_secretly("Password (8 characters or more): ")
     if ask_secretly("The same password again: ") != password:
         raise ValueError("expected the same password twice, got two different ones")
-    return accounts.create(name, password)
+    known = accounts.find(name)  # from the terminal, where nobody signs in
+    if known is None:
+        return accounts.create(name, password)
+    accounts.set_password(name, password)
+    return known
 
 
 # Starlette's type of a handler knows only `Exception`, hence the signatures.

@@ -1,6 +1,6 @@
 """The pages of whoever has signed in: a task, its answer, and the dashboard."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Form, Request
 from fastapi.responses import RedirectResponse, Response
@@ -35,7 +35,7 @@ def show_task(request: Request, visit: Annotated[Visit, Depends(visitor)]) -> Re
     store = _store(request)
     assignment = store.next_task(visit.account.pseudonym)
     progress = store.progress(visit.account.pseudonym)
-    context = {
+    context: dict[str, Any] = {
         "annotator": visit.account.name,
         "token": visit.form_token,
         "page": "task",
@@ -107,14 +107,14 @@ def undo(
 @router.get("/dashboard")
 def show_dashboard(request: Request, visit: Annotated[Visit, Depends(visitor)]) -> Response:
     """What the answers say, and how far they agree."""
-    accounts = request.app.state.accounts.all()
-    runs_it = bool(accounts) and accounts[0] == visit.account
+    leads = visit.account.name == request.app.state.lead
+    figures = dashboard(_store(request).answers(), visit.account.pseudonym, leads)
     return page(
         "dashboard.html",
         annotator=visit.account.name,
         token=visit.form_token,
         page="dashboard",
-        **dashboard(_store(request).answers(), visit.account.pseudonym, runs_it)._asdict(),
+        **figures._asdict(),
     )
 
 

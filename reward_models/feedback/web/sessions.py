@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 from fastapi import APIRouter, Depends, Form, Request
 from fastapi.responses import RedirectResponse, Response
 
-from reward_models.feedback.accounts import Account, Accounts
+from reward_models.feedback.accounts import Account, Accounts, account_name
 from reward_models.feedback.web.rendering import Refusal, page
 from reward_models.feedback.web.throttle import Throttle
 
@@ -117,7 +117,7 @@ def sign_in(
     if not visit or not _same(token, form_token(visit)):
         return sign_in_page(request, 403, "That form was out of date. Please sign in again.", name)
     throttle: Throttle = request.app.state.throttle
-    who = name.strip().casefold()
+    who = account_name(name)
     wait = throttle.attempt(who)
     if wait:
         error = f"Too many attempts. Please try again in {math.ceil(wait)} seconds."

@@ -181,7 +181,8 @@ def share_interval(count: float, n: int) -> list[float]:
     share, z2 = count / n, float(stats.norm.ppf(0.975)) ** 2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * share * (1 - share) / n + (z2 / (2 * n)) ** 2) / (1 + z2 / n)
-    return [share, max(0.0, middle - half), min(1.0, middle + half)]
+    low = middle - half if count > 0 else 0.0  # exactly, whatever the rounding
+    return [share, low, middle + half if count < n else 1.0]
 
 
 def jackknife_interval(

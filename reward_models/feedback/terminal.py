@@ -4,6 +4,7 @@ What is shown is a model's text. Nothing in it reaches the terminal as a command
 characters are written out, and rich's markup is not interpreted.
 """
 
+import re
 import time
 import unicodedata
 from collections.abc import Callable
@@ -59,12 +60,12 @@ def annotate(
 
 
 def visible(text: str) -> str:
-    """The text with everything in it that could steer a terminal written out as `\\x1b`."""
+    r"""The text with everything in it that could steer a terminal written out as `\x1b`."""
     return "".join(
         character
         if character in "\n\t"
         or (unicodedata.category(character) not in ("Cc", "Cs") and character not in _DIRECTION)
-        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
+        else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
 
@@ -87,10 +88,11 @@ def _ask_one(
     ask: Callable[[str], str],
 ) -> bool:
     """Ask until something was done about the task; false if the person quits."""
-    question, answers = _question(assignment.task)
+    question = _question(assignment.task)
     started = time.monotonic()
     while True:
-        key = ask(f"{question}, {_ALWAYS}: ").strip().lower()
+        key = unicodedata.normalize("NFKC", ask(f"{question}, {_ALWAYS}: ")).strip().lower()
+        answer = _answer(assignment.task, key)
         try:
             if key == "q":
                 return False
@@ -101,9 +103,9 @@ def _ask_one(
                 if store.undo(assignment.annotator) is not None:
                     return True
                 console.print("There is nothing to undo.")
-            elif key in answers:
+            elif answer is not None:
                 seconds = time.monotonic() - started
-                store.answer(assignment.id, assignment.annotator, answers[key], seconds)
+                store.answer(assignment.id, assignment.annotator, answer, seconds)
                 return True
             else:
                 console.print(f"Expected {question}, {_ALWAYS}.", markup=False)
@@ -112,12 +114,21 @@ def _ask_one(
             return True
 
 
-def _question(task: Task) -> tuple[str, dict[str, object]]:
-    """What to ask for, and the answer that each key stands for."""
+def _question(task: Task) -> str:
     if task.kind == "comparison":
-        return "1 or 2 is better, t tie", {"1": "left", "2": "right", "t": "tie"}
+        return "1 or 2 is better, t tie"
     if task.kind == "label":
-        return "g good, b bad", {"g": True, "b": False}
+        return "g good, b bad"
+    return f"a rating from {task.scale[0]} to {task.scale[1]}"
+
+
+def _answer(task: Task, key: str) -> str | int | bool | None:
+    """What a key says about a task; None if nothing."""
+    if task.kind == "comparison":
+        return {"1": "left", "2": "right", "t": "tie"}.get(key)
+    if task.kind == "label":
+        return {"g": True, "b": False}.get(key)
     low, high = task.scale
-    ratings: dict[str, object] = {str(rating): rating for rating in range(low, high + 1)}
-    return f"a rating from {low} to {high}", ratings
+    if not re.fullmatch(r"-?\d{1,9}", key) or not low <= int(key) <= high:
+        return None
+    return int(key)

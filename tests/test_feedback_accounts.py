@@ -39,6 +39,13 @@ def test_signing_in(people: Accounts) -> None:
     assert people.all() == [ann, bob] and ann.pseudonym != bob.pseudonym
 
 
+def test_whether_anybody_can_sign_in(people: Accounts) -> None:
+    people.create("Terminal only")
+    assert not people.anybody_can_sign_in()
+    people.create("Ann", "correct horse")
+    assert people.anybody_can_sign_in()
+
+
 @pytest.mark.parametrize(
     ("name", "password", "message"),
     [

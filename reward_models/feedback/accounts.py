@@ -117,6 +117,14 @@ class Accounts:
             rows = connection.execute("SELECT name, pseudonym FROM accounts ORDER BY name")
             return [Account(*row) for row in rows]
 
+    def anybody_can_sign_in(self) -> bool:
+        """Whether some account has a password; those made for the terminal have none."""
+        with self._database.reading() as connection:
+            found = connection.execute(
+                "SELECT EXISTS (SELECT 1 FROM accounts WHERE password IS NOT NULL)"
+            ).fetchone()
+        return bool(found[0])
+
     def verify(self, name: str, password: str) -> Account | None:
         """The account if the password is right. Takes as long for a name that is not known."""
         with self._database.reading() as connection:

@@ -164,8 +164,8 @@ def tasks_from_jsonl(path: str | os.PathLike[str], kind: Kind) -> list[Task]:
     A line is `{"prompt", "completions": [...]}`, `{"prompt", "completion"}` or, for comparisons,
     `{"prompt", "chosen", "rejected"}` (asked anew: the choice in the file is not shown and is no
     gold). More completions than a task takes make several tasks, as in `tasks_from_completions`,
-    and equal ones none. `origins` (one per completion), `gold`, `scale` and `uncertainty` may stand beside them;
-    a missing `prompt` is the empty one, and other keys are passed over.
+    and equal ones none. `origins` (one per completion), `gold`, `scale` and `uncertainty` may
+    stand beside them; a missing `prompt` is the empty one, and other keys are passed over.
 
     Raises:
         ValueError: if a line is not a task; the message begins with file and line number.

@@ -108,9 +108,9 @@ def _ask_one(
                 store.answer(assignment.id, assignment.annotator, answer, seconds)
                 return True
             else:
-                console.print(f"Expected {question}, {_ALWAYS}.", markup=False)
+                console.print(f"Expected {question}, {_ALWAYS}.", markup=False, highlight=False)
         except AnswerError as error:  # answered meanwhile on the page, or in another terminal
-            console.print(f"Not saved: {error}.", markup=False)
+            console.print(f"Not saved: {error}.", markup=False, highlight=False)
             return True
 
 

@@ -10,6 +10,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,10 +22,12 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("playwright")
 import uvicorn
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from reward_models.feedback import accounts
 from reward_models.feedback.accounts import Accounts
+from reward_models.feedback.records import Rating
 from reward_models.feedback.store import FeedbackStore
 from reward_models.feedback.tasks import Task
 from reward_models.feedback.web import make_app
@@ -336,51 +340,83 @@ def test_a_wrong_password_is_said_and_the_name_kept(browser: Any, desk: Desk) ->
     assert page.get_by_label("Name").input_value() == "ann"
 
 
+def better(film: int) -> str:
+    """Which completion most people prefer."""
+    return "first" if film % 3 else "second"
+
+
 def fill(desk: Desk) -> None:
     """Answer some hundred tasks as three people would who mostly see the same."""
     random = Random(0)
+    today = datetime.now(UTC)
     desk.add(
         *(
-            Task("comparison", f"{COMPARISON.prompt} ({i})", COMPARISON.completions,
-                 COMPARISON.origins, gold="first" if i < 12 else None)
+            replace(COMPARISON, prompt=f"Film {i}", gold=better(i) if i < 20 else None)
             for i in range(60)
         ),
-        *(Task("rating", f"{RATING.prompt}（{i}）", RATING.completions) for i in range(30)),
-    )  # fmt: skip
-    for account in desk.accounts.all():
-        while assignment := desk.store.next_task(account.pseudonym):
-            kind, sides = assignment.task.kind, ["left", "right"]
-            better = sides[assignment.shown.index(COMPARISON.completions[0])] if kind == (
-                "comparison") else ""  # fmt: skip
-            answer: object = random.random() < 0.7
-            if kind == "comparison":
-                answer = better if random.random() < 0.75 else random.choice([*sides, "tie"])
-            elif kind == "rating":
-                answer = random.choice([3, 4, 4, 5])
-            desk.store.answer(
-                assignment.id, account.pseudonym, answer, seconds=random.uniform(4, 15)
+        *(replace(RATING, prompt=f"{i}") for i in range(30)),
+    )
+    for n, account in enumerate(desk.accounts.all()):
+        for _ in range(50 + 20 * n):
+            assignment = desk.store.next_task(account.pseudonym)
+            if assignment is None:
+                break
+            answer: object = 3 + int(assignment.task.prompt[-1]) % 3
+            if assignment.task.kind == "comparison":
+                wanted = COMPARISON.completions[
+                    better(int(assignment.task.prompt.split()[-1])) == "second"
+                ]
+                agrees = random.random() < 0.9
+                answer = "left" if agrees == (assignment.shown[0] == wanted) else "right"
+            elif random.random() < 0.2:
+                answer = 3
+            seconds = random.uniform(4, 15)
+            desk.store.answer(assignment.id, account.pseudonym, answer, seconds)
+        desk.store.import_records(
+            Rating(
+                "Film",
+                f" {i}",
+                2 + i % 3,
+                (1, 5),
+                account.pseudonym,
+                (today - timedelta(days=1 + i % 4)).isoformat(timespec="seconds"),
             )
+            for i in range(random.randint(40, 70))
+        )
 
 
 def draw(folder: Path) -> None:
     """Save a picture of each page in `folder`."""
+    shown = (
+        COMPARISON,
+        RATING,
+        replace(
+            LABEL, completions=(" drags, <b>but</b> the \x1b[31mlast\x1b[0m one repays it all.",)
+        ),
+    )
     with tempfile.TemporaryDirectory() as temporary, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         desk = Desk(Path(temporary) / "feedback.db")
+        fill(desk)
         visitor = Visitor(browser, desk)
         visitor.page.goto(desk.url)
-        visitor.page.screenshot(path=folder / "annotate-sign-in.png")
+        save(visitor.page, folder / "annotate-sign-in.png")
         page = visitor.sign_in()
-        for task in (COMPARISON, RATING, LABEL):
-            desk.add(task)
-            page.goto(desk.url)
-            page.screenshot(path=folder / f"annotate-{task.kind}.png")
+        for task in shown:
+            desk.add(replace(task, uncertainty=1.0))
             visitor.press("s")
-        fill(desk)
+            save(page, folder / f"annotate-{task.kind}.png")
+        page.set_viewport_size({"width": 1100, "height": 1000})
         page.goto(desk.url + "dashboard")
-        page.screenshot(path=folder / "annotate-dashboard.png", full_page=True)
+        save(page, folder / "annotate-dashboard.png")
         browser.close()
         desk.close()
+
+
+def save(page: Any, path: Path) -> None:
+    """Save what is shown, in few colours."""
+    page.screenshot(path=path)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 if __name__ == "__main__":

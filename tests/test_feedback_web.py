@@ -199,6 +199,7 @@ def test_nobody_answers_for_somebody_else(desk: Desk) -> None:
         ("/answer", {"task": "987654", "answer": "3"}, 404, "There is no such task."),
         ("/answer", {"answer": "9"}, 400, "That is no answer to this task"),
         ("/answer", {"answer": "left"}, 400, "That is no answer to this task"),
+        ("/answer", {"answer": "good"}, 400, "That is no answer to this task"),
         ("/answer", {"answer": "3.5"}, 400, "That is no answer to this task"),
         ("/answer", {"answer": "\x00"}, 400, "That is no answer to this task"),
         ("/answer", {"answer": "3" * 21}, 422, "That form is not complete"),

@@ -101,6 +101,25 @@ def test_chunked_bodies_of_allowed_length_arrive_whole() -> None:
     assert answer.text == "100 bytes"
 
 
+def test_half_a_body_is_not_taken_for_a_whole_one() -> None:
+    messages = [
+        {"type": "http.request", "body": b"task=1&answer=1", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost:8000"), (b"origin", b"http://localhost:8000")]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
+    asyncio.run(Guard(echo, refuse)(scope, receive, send))
+    assert sent == []
+
+
 def test_a_length_that_is_no_number_is_refused() -> None:
     answer = ask("POST", "http://localhost:8000/", headers=OWN | {"Content-Length": "-1"})
     assert answer.status_code == 400

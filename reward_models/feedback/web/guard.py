@@ -9,6 +9,7 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -88,8 +89,10 @@ class Guard:
                 await self.app(scope, receive, sealed)
             else:
                 await self.refuse(*refusal)(scope, receive, sealed)
+        except ClientDisconnect:  # half a form must not be taken for a whole one
+            return
         except Exception:
-            logger.exception("%s %s failed", scope["method"], scope["path"])
+            logger.exception("%s %r failed", scope["method"], scope["path"])
             if started:
                 raise
             sentence = "Something went wrong here. Nothing was lost that had been saved."
@@ -107,7 +110,7 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             return 400, "The request says its length in a way that cannot be read."
-        if int(length) > self.body_limit:
+        if len(length) > 18 or int(length) > self.body_limit:
             return 413, "That is more than this page takes."
         return None
 
@@ -133,13 +136,17 @@ def _is_own(headers: Headers, host: str) -> bool:
 
 
 async def _body(receive: Receive, limit: int) -> bytes | None:
-    """The whole body, or None as soon as it is longer than `limit` bytes."""
+    """The whole body, or None as soon as it is longer than `limit` bytes.
+
+    Raises:
+        ClientDisconnect: if it breaks off.
+    """
     body = b""
     more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return body
+            raise ClientDisconnect
         body += message.get("body", b"")
         if len(body) > limit:
             return None

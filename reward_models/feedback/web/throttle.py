@@ -22,7 +22,7 @@ class Throttle:
     def __init__(
         self,
         per_name: int = 5,
-        in_all: int = 60,
+        in_all: int = 30,
         window: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -1,7 +1,9 @@
 """The annotation page over HTTP: what it shows, saves and refuses."""
 
 import html
+import importlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from httpx import Response
 
 from reward_models.feedback import accounts
 from reward_models.feedback.accounts import Accounts
+from reward_models.feedback.database import StoreError
 from reward_models.feedback.store import FeedbackStore
 from reward_models.feedback.tasks import Task
 from reward_models.feedback.web import make_app, serve, set_up_first_account
@@ -406,6 +409,27 @@ def test_the_dashboard_does_not_sway_whoever_has_yet_to_answer(desk: Desk) -> No
 
 def test_an_empty_dashboard_says_so(desk: Desk) -> None:
     assert "There are no answers yet." in desk.signed_in().get("/dashboard").text
+
+
+def test_a_store_that_fails_is_told_of(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise StoreError("disk full on /secret/place")
+
+    desk.add(RATING)
+    client = desk.signed_in()
+    monkeypatch.setattr(desk.store, "answer", full)
+    answer = send(client, "/answer", answer="3")
+    assert answer.status_code == 503 and "<h1>Not saved</h1>" in answer.text
+    assert "secret" not in answer.text and "disk full" in caplog.text
+
+
+def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "reward_models.feedback.web")
+    with pytest.raises(ModuleNotFoundError, match=r"uvicorn is missing: .*rlhf-gym\[feedback\]"):
+        importlib.import_module("reward_models.feedback.web")
 
 
 def test_serving_needs_somebody_who_can_sign_in(tmp_path: Path) -> None:

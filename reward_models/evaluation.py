@@ -4,6 +4,7 @@ Pure functions of arrays and the reports that they fill; which texts are held ou
 the caller.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -170,10 +171,18 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> list[float]:
     return [float(values.mean()), float(values.mean() - half), float(values.mean() + half)]
 
 
-def share_interval(count: int, n: int) -> list[float]:
-    """The share of `count` among `n` and its 95 % interval (Wilson 1927): [share, low, high]."""
-    low, high = stats.binomtest(count, n).proportion_ci(method="wilson")
-    return [count / n, float(low), float(high)]
+def share_interval(count: float, n: int) -> list[float]:
+    """The share of `count` among `n` and its 95 % interval (Wilson 1927): [share, low, high].
+
+    A tie may count half; the interval is then wider than need be. The share of none is NaN.
+    """
+    if n == 0:
+        return [float("nan"), 0.0, 1.0]
+    share, z2 = count / n, float(stats.norm.ppf(0.975)) ** 2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * share * (1 - share) / n + (z2 / (2 * n)) ** 2) / (1 + z2 / n)
+    low = middle - half if count > 0 else 0.0  # exactly, whatever the rounding
+    return [share, low, middle + half if count < n else 1.0]
 
 
 def jackknife_interval(

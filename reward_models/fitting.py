@@ -8,6 +8,18 @@ log-likelihood of the records, in nats:
                                                               a win for each side)
     label       m = u(text)                    −log σ(m) if good, −log σ(−m) if bad
 
+Three variants of the choices, none of them on by default:
+
+    ties by Rao & Kupper (1967)    P(chosen) = σ(m − η), P(tie) = (θ² − 1) σ(m − η) σ(−m − η), with
+                                   η = log θ > 0 learned beside the weights: to a person, texts
+                                   that differ by less than η are the same
+    margin μ                       −log σ(m − μ)     (Touvron et al. 2023, Llama 2, eq. 2)
+    label smoothing ε              −(1 − ε) log σ(m) − ε log σ(−m)     (Mitchell 2023, A note on DPO
+                                   with noisy preferences: a share ε is the wrong way round)
+
+θ is learned, not given, because nobody knows it beforehand, and the share of ties tells it only
+together with the margins: it is one more number with a likelihood of its own.
+
 The logit scale puts the ends of a human scale at −4 and +4, where σ is 0.02 and 0.98, so all three
 pull on u with about the same strength. A scale from −4 to +4 is the logit itself.
 """
@@ -15,7 +27,7 @@ pull on u with about the same strength. A scale from −4 to +4 is the logit its
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -37,6 +49,9 @@ from reward_models.batches import Example, SimilarLength, collate
 from reward_models.feedback.records import Feedback, Rating
 
 logger = logging.getLogger(__name__)
+
+_THRESHOLD_RATE = 0.05
+"""Learning rate of log η: from its first value it is some ten updates away, not thousands."""
 
 
 def split(
@@ -76,12 +91,38 @@ def common_scale(records: Sequence[Feedback]) -> tuple[float, float] | None:
     return next(iter(scales), None)
 
 
+def record_weights(
+    records: Sequence[Feedback], annotator_weights: Mapping[str, float] | None
+) -> list[float]:
+    """How much each record counts, 1 on average.
+
+    Args:
+        records: of anybody; those of no annotator or one without a weight count 1 beforehand.
+        annotator_weights: by pseudonym, zero or more.
+
+    Raises:
+        ValueError: if a weight is negative or not finite, or all the records have weight 0.
+    """
+    for annotator, weight in (annotator_weights or {}).items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"expected weights of 0 or more, got {weight} for {annotator!r}")
+    known = annotator_weights or {}
+    weights = [known.get(record.annotator or "", 1.0) for record in records]
+    mean = sum(weights) / len(weights)
+    if mean == 0:
+        raise ValueError("expected a record with a weight above 0, got none")
+    return [weight / mean for weight in weights]
+
+
 def feedback_loss(
     logits: th.Tensor,
     first: th.Tensor,
     second: th.Tensor,
     target: th.Tensor,
     is_rating: th.Tensor,
+    weight: th.Tensor | None = None,
+    margin: float = 0.0,
+    tie_threshold: th.Tensor | None = None,
 ) -> th.Tensor:
     """Mean negative log-likelihood of R records given the logits of T texts; see the module.
 
@@ -92,16 +133,45 @@ def feedback_loss(
         target: the rating on the logit scale, or the probability with which the first side (or
             good) was chosen: 1, 0, or 0.5 for a tie; shape (R,).
         is_rating: which of both the target is, shape (R,).
+        weight: factor of each record's loss, shape (R,); 1 if not given.
+        margin: μ, how far the sides of a comparison have to be apart; ties have none.
+        tie_threshold: η of Rao & Kupper, above 0, a scalar; ties are half-wins if not given.
 
     Returns:
         Loss in nats per record, a scalar; a rating's is that of a normal distribution with SD 1,
         without its constant.
     """
     padded = F.pad(logits, (0, 1))
-    margin = padded[first] - padded[second]
-    squared = (margin - target) ** 2 / 2
-    logistic = F.softplus(margin) - target * margin
-    return th.where(is_rating, squared, logistic).mean()
+    m = padded[first] - padded[second]
+    squared = (m - target) ** 2 / 2
+    compared = ~is_rating & (second < len(logits))
+    tie = compared & (target == 0.5)
+    gap = margin if tie_threshold is None else tie_threshold
+    gap = th.where(compared & ~tie, gap, 0.0)
+    choice = target * F.softplus(gap - m) + (1 - target) * F.softplus(gap + m)
+    if tie_threshold is not None:
+        log_factor = th.log(th.expm1(2 * tie_threshold))  # θ² − 1
+        both = F.softplus(tie_threshold - m) + F.softplus(tie_threshold + m)
+        choice = th.where(tie, both - log_factor, choice)
+    loss = th.where(is_rating, squared, choice)
+    return (loss if weight is None else weight * loss).mean()
+
+
+def expected_share(margins: np.ndarray, tie_threshold: float | None) -> np.ndarray:
+    """Log-odds of the first side's expected share, a tie being half of one, shape as given.
+
+    Without ties, that is the margin. With them, the share is P(first) + P(tie) / 2 =
+    (σ(m − η) + σ(m + η)) / 2; worked with logarithms, so that it stays finite.
+    """
+    if tie_threshold is None:
+        return margins
+
+    def log_both(m: np.ndarray) -> np.ndarray:
+        return np.logaddexp(
+            -np.logaddexp(0, tie_threshold - m), -np.logaddexp(0, -tie_threshold - m)
+        )
+
+    return log_both(margins) - log_both(-margins)
 
 
 def train(
@@ -109,8 +179,10 @@ def train(
     examples: Sequence[Example],
     bf16: bool | None,
     on_log: Callable[[dict[str, float]], None] | None,
+    margin: float = 0.0,
+    learn_ties: bool = False,
     **arguments: Any,
-) -> Any:
+) -> tuple[Any, float | None]:
     """Train the model in place and leave it in evaluation mode, on its device, without gradients.
 
     Args:
@@ -118,14 +190,19 @@ def train(
         examples: what to learn from.
         bf16: compute products in bfloat16; None for where the hardware has it.
         on_log: called with each entry of the log.
+        margin: of the comparisons.
+        learn_ties: take ties as Rao & Kupper do, instead of as half-wins.
         arguments: of `TrainingArguments`.
 
     Returns:
-        What `Trainer.train` returns.
+        What `Trainer.train` returns, and the tie threshold η if it was learned.
     """
     device = model.device
+    threshold = _first_threshold(examples) if learn_ties else None
     trainer = _FeedbackTrainer(
         _has_bf16(device) if bf16 is None else bf16,
+        margin,
+        threshold,
         model=model,
         args=TrainingArguments(
             lr_scheduler_type="linear",
@@ -148,10 +225,23 @@ def train(
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Bar())
     try:
-        return trainer.train()
+        result = trainer.train()
     finally:
         model.to(device).eval()
         model.zero_grad(set_to_none=True)
+    log_threshold = trainer.log_threshold
+    return result, None if log_threshold is None else float(log_threshold.detach().exp())
+
+
+def _first_threshold(examples: Sequence[Example]) -> float | None:
+    """η at which texts of the same quality tie as often as these did; None if they never do.
+
+    There P(tie) = (θ − 1) / (θ + 1). Texts differ in quality, so it is too low, and learned from
+    here on.
+    """
+    ties = [example.claim.target == 0.5 for example in examples if len(example.rows) == 2]
+    share = min(sum(ties) / max(len(ties), 1), 0.99)
+    return 2 * math.atanh(share) if share > 0 else None
 
 
 class _FeedbackTrainer(Trainer):
@@ -162,12 +252,21 @@ class _FeedbackTrainer(Trainer):
 
     Args:
         autocast: whether to compute products in bfloat16.
+        margin: of the comparisons.
+        tie_threshold: first value of Rao & Kupper's η, to be learned; None for half-wins.
         arguments: for `Trainer`.
     """
 
-    def __init__(self, autocast: bool, **arguments: Any) -> None:
+    def __init__(
+        self, autocast: bool, margin: float, tie_threshold: float | None, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self.autocast = autocast
+        self.margin = margin
+        self.log_threshold: th.nn.Parameter | None = None
+        if tie_threshold is not None:  # its logarithm is learned, so that it stays above 0
+            value = th.tensor(math.log(tie_threshold), device=self.args.device)
+            self.log_threshold = th.nn.Parameter(value)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
@@ -177,9 +276,27 @@ class _FeedbackTrainer(Trainer):
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         loss = feedback_loss(
             outputs.logits[:, 0].float(),
-            *(inputs[name] for name in ("first", "second", "target", "is_rating")),
+            inputs["first"],
+            inputs["second"],
+            inputs["target"],
+            inputs["is_rating"],
+            inputs["weight"],
+            self.margin,
+            None if self.log_threshold is None else self.log_threshold.exp(),
         )
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> th.optim.Optimizer:
+        made = super().create_optimizer(model)
+        if self.log_threshold is not None:
+            group = {"params": [self.log_threshold], "lr": _THRESHOLD_RATE, "weight_decay": 0.0}
+            made.add_param_group(group)
+        return made
+
+    def training_step(self, *args: Any, **kwargs: Any) -> th.Tensor:
+        if self.log_threshold is not None:
+            self.log_threshold.grad = None  # the trainer clears the model's gradients only
+        return super().training_step(*args, **kwargs)
 
     def _precision(self, device_type: str) -> ExitStack:
         stack = ExitStack()

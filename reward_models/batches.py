@@ -1,6 +1,6 @@
 """From feedback records and ids to padded batches of similar lengths.
 
-What a record claims about the model's logits is decided here; the loss on it is in `fitting`.
+What a record claims about the model's logits is decided here; the loss on it is in `loss`.
 """
 
 from collections.abc import Iterator, Sequence

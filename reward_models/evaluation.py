@@ -58,8 +58,9 @@ class ChoiceReport:
 
     Args:
         n: number of choices; ties are among them.
-        accuracy: share of the choices, ties left out, in which the model prefers the same side;
-            0.5 is chance in comparisons.
+        decided: number of those that are no ties.
+        accuracy: share of the decided ones in which the model prefers the same side; 0.5 is chance
+            in comparisons.
         log_loss: mean negative log-likelihood of the choices, nats; ln 2 = 0.693 is a coin's.
         calibration: predicted and observed share in ten groups, lowest prediction first; in
             comparisons those of the side that the model prefers, so that they begin at 0.5.
@@ -68,6 +69,7 @@ class ChoiceReport:
     """
 
     n: int
+    decided: int
     accuracy: float
     log_loss: float
     calibration: tuple[CalibrationBin, ...]
@@ -148,6 +150,7 @@ def choice_report(
     gaps = [bin.n * abs(bin.predicted - bin.observed) for bin in bins]
     return ChoiceReport(
         n=len(observed),
+        decided=decided,
         accuracy=right / decided if decided else float("nan"),
         log_loss=float(losses.mean()),
         calibration=bins,

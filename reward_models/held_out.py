@@ -20,7 +20,7 @@ from reward_models.evaluation import (
     share_interval,
 )
 from reward_models.feedback.records import Comparison, Feedback, Label, Rating
-from reward_models.fitting import expected_share
+from reward_models.loss import expected_share
 
 
 def distinct_texts(records: Iterable[Feedback]) -> list[str]:

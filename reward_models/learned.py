@@ -356,9 +356,9 @@ class LearnedRewardModel:
         learned, held_out = split(feedback, eval_feedback, seed)
         if not learned:
             raise ValueError("expected feedback to learn from, got none")
+        weights = record_weights(learned, annotator_weights)
         self.scale = common_scale([*learned, *held_out])
         self.normalization, self.tie_threshold = Normalization(), None
-        weights = record_weights(learned, annotator_weights)
         with own_random_numbers(seed), tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             result, self.tie_threshold = train(

@@ -1,7 +1,8 @@
 """How good a text is: reward functions, learned and written by hand, and the feedback they need.
 
-`LearnedRewardModel` is loaded when first asked for, so that importing this package costs neither
-torch nor transformers. What acts on the scores (environment, agent) is not known here.
+`LearnedRewardModel` and `RewardEnsemble` are loaded when first asked for, so that importing this
+package costs neither torch nor transformers. What acts on the scores (environment, agent) is not
+known here.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from reward_models.feedback.records import (
     read_feedback,
     write_feedback,
 )
+from reward_models.feedback.simulated import SimulatedAnnotator
+from reward_models.feedback.weights import agreement_weights
 from reward_models.terms import (
     LengthReward,
     LexiconSentiment,
@@ -26,6 +29,7 @@ from reward_models.terms import (
 )
 
 if TYPE_CHECKING:
+    from reward_models.ensemble import RewardEnsemble
     from reward_models.learned import LearnedRewardModel
 
 __all__ = [
@@ -38,8 +42,11 @@ __all__ = [
     "LexiconSentiment",
     "Rating",
     "RepetitionPenalty",
+    "RewardEnsemble",
     "RewardFunction",
+    "SimulatedAnnotator",
     "WeightedSum",
+    "agreement_weights",
     "checked_scores",
     "distinct_n",
     "read_feedback",
@@ -53,4 +60,8 @@ def __getattr__(name: str) -> Any:
         from reward_models.learned import LearnedRewardModel
 
         return LearnedRewardModel
+    if name == "RewardEnsemble":
+        from reward_models.ensemble import RewardEnsemble
+
+        return RewardEnsemble
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

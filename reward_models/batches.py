@@ -1,11 +1,12 @@
 """From feedback records and ids to padded batches of similar lengths.
 
-What a record claims about the model's logits is decided here; the loss on it is in `fitting`.
+What a record claims about the model's logits is decided here; the loss on it is in `loss`.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypedDict
 
+import numpy as np
 import torch as th
 
 from reward_models.feedback.records import Comparison, Feedback, Rating
@@ -27,21 +28,36 @@ class Claim(NamedTuple):
     is_rating: bool
 
 
-def claim(record: Feedback) -> Claim:
-    """The claim of a record; the second text's logit is 0 where there is none."""
+def claim(record: Feedback, label_smoothing: float = 0.0) -> Claim:
+    """The claim of a record; the second text's logit is 0 where there is none.
+
+    Args:
+        record: what was said.
+        label_smoothing: the share ε of choices taken to be the wrong way round: targets 1 and 0
+            become 1 − ε and ε. A tie stays one, and a rating is no choice.
+    """
     if isinstance(record, Rating):
         low, high = record.scale
         return Claim(LOGIT_END * (2 * record.rating - low - high) / (high - low), True)
-    if isinstance(record, Comparison):
-        return Claim(0.5 if record.tie else 1.0, False)
-    return Claim(float(record.label), False)
+    tie = isinstance(record, Comparison) and record.tie
+    chosen = 0.5 if tie else float(isinstance(record, Comparison) or record.label)
+    return Claim(chosen + label_smoothing * (1 - 2 * chosen), False)
+
+
+def to_scale(logits: np.ndarray, scale: tuple[float, float] | None) -> np.ndarray:
+    """Logits (B,) as ratings on a human scale, the way back from `claim`; as they are if None."""
+    if scale is None:
+        return logits
+    low, high = scale
+    return ((low + high) / 2 + logits * ((high - low) / (2 * LOGIT_END))).astype(logits.dtype)
 
 
 class Example(NamedTuple):
-    """A record, ready for the model: one or two rows of ids, and what it claims."""
+    """A record, ready for the model: one or two rows of ids, what it claims, how much it counts."""
 
     rows: list[list[int]]
     claim: Claim
+    weight: float = 1.0
 
 
 class Batch(TypedDict):
@@ -49,7 +65,8 @@ class Batch(TypedDict):
 
     `input_ids` and `attention_mask` (T, L) hold the texts, `first` and `second` (R,) the places of
     each record's texts among them; `second` is T, which stands for the logit 0, where the record
-    has one text only. `target` and `is_rating` (R,) are the claims.
+    has one text only. `target` and `is_rating` (R,) are the claims, `weight` (R,) how much each
+    counts.
     """
 
     input_ids: th.Tensor
@@ -58,6 +75,7 @@ class Batch(TypedDict):
     second: th.Tensor
     target: th.Tensor
     is_rating: th.Tensor
+    weight: th.Tensor
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
@@ -73,6 +91,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         second=th.where(n_texts == 2, first + 1, len(rows)),
         target=th.tensor([example.claim.target for example in examples]),
         is_rating=th.tensor([example.claim.is_rating for example in examples]),
+        weight=th.tensor([example.weight for example in examples]),
     )
 
 

@@ -1,28 +1,18 @@
-"""Fitting a classifier with one label to feedback: the split, the loss and the training.
+"""Fitting a classifier with one label to feedback: the split, the weights and the training.
 
-Every record is a claim about a margin m of logits u, and the loss is the mean negative
-log-likelihood of the records, in nats:
-
-    rating      m = u(text)                    (m − r)² / 2, r the rating on the logit scale
-    comparison  m = u(chosen) − u(rejected)    −log σ(m)     (Bradley & Terry 1952; a tie is half
-                                                              a win for each side)
-    label       m = u(text)                    −log σ(m) if good, −log σ(−m) if bad
-
-The logit scale puts the ends of a human scale at −4 and +4, where σ is 0.02 and 0.98, so all three
-pull on u with about the same strength. A scale from −4 to +4 is the logit itself.
+What is minimised is in `loss`.
 """
 
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch as th
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     PreTrainedModel,
@@ -35,8 +25,12 @@ from transformers import (
 
 from reward_models.batches import Example, SimilarLength, collate
 from reward_models.feedback.records import Feedback, Rating
+from reward_models.loss import feedback_loss
 
 logger = logging.getLogger(__name__)
+
+_THRESHOLD_RATE = 0.05
+"""Learning rate of log η: what it comes to is dozens of updates away, not thousands."""
 
 
 def split(
@@ -76,32 +70,28 @@ def common_scale(records: Sequence[Feedback]) -> tuple[float, float] | None:
     return next(iter(scales), None)
 
 
-def feedback_loss(
-    logits: th.Tensor,
-    first: th.Tensor,
-    second: th.Tensor,
-    target: th.Tensor,
-    is_rating: th.Tensor,
-) -> th.Tensor:
-    """Mean negative log-likelihood of R records given the logits of T texts; see the module.
+def record_weights(
+    records: Sequence[Feedback], annotator_weights: Mapping[str, float] | None
+) -> list[float]:
+    """How much each record counts, 1 on average.
 
     Args:
-        logits: shape (T,).
-        first: text whose logit counts for the margin, shape (R,).
-        second: text whose logit counts against it, shape (R,); T for none.
-        target: the rating on the logit scale, or the probability with which the first side (or
-            good) was chosen: 1, 0, or 0.5 for a tie; shape (R,).
-        is_rating: which of both the target is, shape (R,).
+        records: of anybody; those of no annotator or one without a weight count 1 beforehand.
+        annotator_weights: by pseudonym, zero or more.
 
-    Returns:
-        Loss in nats per record, a scalar; a rating's is that of a normal distribution with SD 1,
-        without its constant.
+    Raises:
+        ValueError: if a weight is negative or not finite, or all the records have weight 0.
     """
-    padded = F.pad(logits, (0, 1))
-    margin = padded[first] - padded[second]
-    squared = (margin - target) ** 2 / 2
-    logistic = F.softplus(margin) - target * margin
-    return th.where(is_rating, squared, logistic).mean()
+    for annotator, weight in (annotator_weights or {}).items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"expected weights of 0 or more, got {weight} for {annotator!r}")
+    known = annotator_weights or {}
+    names = [record.annotator for record in records]
+    weights = [1.0 if name is None else known.get(name, 1.0) for name in names]
+    mean = sum(weights) / len(weights)
+    if mean == 0:
+        raise ValueError("expected a record with a weight above 0, got none")
+    return [weight / mean for weight in weights]
 
 
 def train(
@@ -109,8 +99,10 @@ def train(
     examples: Sequence[Example],
     bf16: bool | None,
     on_log: Callable[[dict[str, float]], None] | None,
+    margin: float = 0.0,
+    learn_ties: bool = False,
     **arguments: Any,
-) -> Any:
+) -> tuple[Any, float | None]:
     """Train the model in place and leave it in evaluation mode, on its device, without gradients.
 
     Args:
@@ -118,14 +110,19 @@ def train(
         examples: what to learn from.
         bf16: compute products in bfloat16; None for where the hardware has it.
         on_log: called with each entry of the log.
+        margin: of the comparisons.
+        learn_ties: take ties as Rao & Kupper do, instead of as half-wins.
         arguments: of `TrainingArguments`.
 
     Returns:
-        What `Trainer.train` returns.
+        What `Trainer.train` returns, and the tie threshold η if it was learned.
     """
     device = model.device
+    threshold = _first_threshold(examples) if learn_ties else None
     trainer = _FeedbackTrainer(
         _has_bf16(device) if bf16 is None else bf16,
+        margin,
+        threshold,
         model=model,
         args=TrainingArguments(
             lr_scheduler_type="linear",
@@ -148,26 +145,48 @@ def train(
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Bar())
     try:
-        return trainer.train()
+        result = trainer.train()
     finally:
         model.to(device).eval()
         model.zero_grad(set_to_none=True)
+    log_threshold = trainer.log_threshold
+    return result, None if log_threshold is None else float(log_threshold.detach().exp())
+
+
+def _first_threshold(examples: Sequence[Example]) -> float | None:
+    """η at which texts of the same quality tie as often as these did; None if they never do.
+
+    There P(tie) = (θ − 1) / (θ + 1). Texts differ in quality, so it is too low, and learned from
+    here on.
+    """
+    ties = [example.claim.target == 0.5 for example in examples if len(example.rows) == 2]
+    share = min(sum(ties) / max(len(ties), 1), 0.99)
+    return 2 * math.atanh(share) if share > 0 else None
 
 
 class _FeedbackTrainer(Trainer):
-    """transformers' Trainer with the loss of this module and batches of similar length.
+    """transformers' Trainer with `feedback_loss` and batches of similar length.
 
     Its own `bf16` is not used: it patches the model's forward, and scores would stay imprecise
     after the training.
 
     Args:
         autocast: whether to compute products in bfloat16.
+        margin: of the comparisons.
+        tie_threshold: first value of Rao & Kupper's η, to be learned; None for half-wins.
         arguments: for `Trainer`.
     """
 
-    def __init__(self, autocast: bool, **arguments: Any) -> None:
+    def __init__(
+        self, autocast: bool, margin: float, tie_threshold: float | None, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self.autocast = autocast
+        self.margin = margin
+        self.log_threshold: th.nn.Parameter | None = None
+        if tie_threshold is not None:  # its logarithm is learned, so that it stays above 0
+            value = th.tensor(math.log(tie_threshold), device=self.args.device)
+            self.log_threshold = th.nn.Parameter(value)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
@@ -177,9 +196,27 @@ class _FeedbackTrainer(Trainer):
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         loss = feedback_loss(
             outputs.logits[:, 0].float(),
-            *(inputs[name] for name in ("first", "second", "target", "is_rating")),
+            inputs["first"],
+            inputs["second"],
+            inputs["target"],
+            inputs["is_rating"],
+            inputs["weight"],
+            self.margin,
+            None if self.log_threshold is None else self.log_threshold.exp(),
         )
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> th.optim.Optimizer:
+        made = super().create_optimizer(model)
+        if self.log_threshold is not None:
+            group = {"params": [self.log_threshold], "lr": _THRESHOLD_RATE, "weight_decay": 0.0}
+            made.add_param_group(group)
+        return made
+
+    def training_step(self, *args: Any, **kwargs: Any) -> th.Tensor:
+        if self.log_threshold is not None:
+            self.log_threshold.grad = None  # the trainer clears the model's gradients only
+        return super().training_step(*args, **kwargs)
 
     def _precision(self, device_type: str) -> ExitStack:
         stack = ExitStack()

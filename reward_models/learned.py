@@ -1,7 +1,8 @@
 """A reward model learned from human feedback: a pretrained backbone with one output.
 
 It learns from ratings, comparisons and labels, alone or mixed, through one number per text, the
-logit; how is in `fitting`. Ensembles and metrics are not here, nor is the collection of feedback.
+logit; how is in `loss` and `fitting`. Ensembles and metrics are not here, nor is the collection of
+feedback.
 """
 
 import json
@@ -10,10 +11,10 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch as th
@@ -27,10 +28,18 @@ from transformers import (
 )
 
 from reward_models.atomic import atomic_folder
-from reward_models.batches import LOGIT_END, Example, claim, pad
-from reward_models.evaluation import EvaluationReport, choice_report, rating_report
-from reward_models.feedback.records import Comparison, Feedback, Label, Rating
-from reward_models.fitting import common_scale, own_random_numbers, split, train
+from reward_models.batches import Example, claim, pad, to_scale
+from reward_models.evaluation import EvaluationReport
+from reward_models.feedback.records import Feedback
+from reward_models.fitting import (
+    common_scale,
+    own_random_numbers,
+    record_weights,
+    split,
+    train,
+)
+from reward_models.held_out import distinct_texts, held_out_report
+from reward_models.loss import expected_share
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +75,7 @@ class FitReport:
         seconds: duration of the training, without the evaluation.
         train_loss: mean loss over the whole training, nats per record.
         held_out: agreement with the held-out feedback; None if there was none.
+        tie_threshold: η of Rao & Kupper, on the logit scale; None if ties are half-wins.
     """
 
     records: int
@@ -73,6 +83,7 @@ class FitReport:
     seconds: float
     train_loss: float
     held_out: EvaluationReport | None
+    tie_threshold: float | None = None
 
 
 class LearnedRewardModel:
@@ -88,6 +99,7 @@ class LearnedRewardModel:
         max_length: longest text, tokens.
         normalization: how logits become scores.
         scale: the human scale that the model was fitted on, if it was fitted on ratings.
+        tie_threshold: η of Rao & Kupper, if it was fitted on ties in that way; see `loss`.
     """
 
     def __init__(
@@ -97,12 +109,14 @@ class LearnedRewardModel:
         max_length: int,
         normalization: Normalization | None = None,
         scale: tuple[float, float] | None = None,
+        tie_threshold: float | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.normalization = normalization or Normalization()
         self.scale = scale
+        self.tie_threshold = tie_threshold
 
     @classmethod
     def from_pretrained(
@@ -161,6 +175,7 @@ class LearnedRewardModel:
             reward_model.normalization = Normalization(**side["normalization"])
         if side.get("scale"):
             reward_model.scale = (side["scale"][0], side["scale"][1])
+        reward_model.tie_threshold = side.get("tie_threshold")
         return reward_model
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
@@ -173,16 +188,21 @@ class LearnedRewardModel:
             FileExistsError: if the folder exists and `overwrite` is false.
             OSError: if the disk is full; nothing is left behind then.
         """
+        with atomic_folder(path, overwrite) as folder:
+            self.write_into(folder)
+        return Path(path)
+
+    def write_into(self, folder: Path) -> None:
+        """Write the files of `save` into a folder that is there, one after the other."""
         side = {
             "max_length": self.max_length,
             "normalization": asdict(self.normalization),
             "scale": self.scale,
+            "tie_threshold": self.tie_threshold,
         }
-        with atomic_folder(path, overwrite) as folder:
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            (folder / _SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n", encoding="utf-8")
-        return Path(path)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        (folder / _SIDE_FILE).write_text(json.dumps(side, indent=2) + "\n", encoding="utf-8")
 
     @property
     def device(self) -> th.device:
@@ -208,7 +228,7 @@ class LearnedRewardModel:
         Returns:
             Scores, float32, shape (B,).
         """
-        logits = self._logits(_join(prompts, completions), batch_size)
+        logits = self.logits(prompts, completions, batch_size)
         return (logits - np.float32(self.normalization.mean)) / np.float32(self.normalization.sd)
 
     def human_scale(
@@ -220,7 +240,35 @@ class LearnedRewardModel:
             Ratings on `scale`, float32, shape (B,); a model that was never fitted on ratings gives
             logits. They are not clipped, so they can leave the scale.
         """
-        return self._to_scale(self._logits(_join(prompts, completions), batch_size))
+        return to_scale(self.logits(prompts, completions, batch_size), self.scale)
+
+    def logits(
+        self, prompts: Sequence[str], completions: Sequence[str], batch_size: int = 64
+    ) -> np.ndarray:
+        """What the model itself puts out, float32, shape (B,): the differences are log-odds."""
+        return self._logits(_join(prompts, completions), batch_size)
+
+    def preference(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        batch_size: int = 64,
+    ) -> np.ndarray:
+        """How likely people prefer the first of two completions; a tie is half of each.
+
+        Args:
+            prompts: what the completions continue, length B.
+            first: completions, length B.
+            second: the other completions, length B.
+            batch_size: texts per forward pass.
+
+        Returns:
+            Probabilities, float64, shape (B,).
+        """
+        logits = self._logits([*_join(prompts, first), *_join(prompts, second)], batch_size)
+        margins = (logits[: len(first)] - logits[len(first) :]).astype(np.float64)
+        return 1 / (1 + np.exp(-expected_share(margins, self.tie_threshold)))
 
     def normalize(
         self, prompts: Sequence[str], completions: Sequence[str], reference: str
@@ -256,6 +304,10 @@ class LearnedRewardModel:
         batch_size: int = 32,
         learning_rate: float = 1e-4,
         seed: int = 0,
+        ties: Literal["half", "rao-kupper"] = "half",
+        margin: float = 0.0,
+        label_smoothing: float = 0.0,
+        annotator_weights: Mapping[str, float] | None = None,
         bf16: bool | None = None,
         progress_bar: bool = False,
         on_log: Callable[[dict[str, float]], None] | None = None,
@@ -275,30 +327,53 @@ class LearnedRewardModel:
             batch_size: records per update.
             learning_rate: the highest one.
             seed: of the split and of the order.
+            ties: "half" a win for each side, or "rao-kupper": the less the texts differ, the more
+                likely, with a threshold that is learned; formulas in `loss`.
+            margin: how far the logit of the chosen side has to be above the other's.
+            label_smoothing: the share of choices expected to be the wrong way round, below 0.5.
+            annotator_weights: how much an annotator's records count, by pseudonym; 1 for others.
+                `feedback.weights.agreement_weights` works them out.
             bf16: compute products in bfloat16, which halves the time where the hardware has it;
                 weights and scoring stay float32. Not given: where the hardware has it.
             progress_bar: show one.
             on_log: called some fifty times with `step`, `loss`, `learning_rate` and `grad_norm`.
 
         Raises:
-            ValueError: if there is nothing to learn from, the scales of the ratings differ, or the
-                loss stops being finite.
+            ValueError: if there is nothing to learn from, the scales of the ratings differ, an
+                argument is out of its range, or the loss stops being finite.
         """
+        if max_steps is not None and max_steps < 1:
+            raise ValueError(f"expected max_steps of 1 or more, or None, got {max_steps}")
+        if ties not in ("half", "rao-kupper"):
+            raise ValueError(f"expected ties 'half' or 'rao-kupper', got {ties!r}")
+        if not 0 <= label_smoothing < 0.5:
+            raise ValueError(f"expected label_smoothing from 0 to below 0.5, got {label_smoothing}")
+        if not 0 <= margin < math.inf or (margin > 0 and ties == "rao-kupper"):
+            raise ValueError(
+                "expected a margin of 0 or more, and 0 with ties by Rao & Kupper, whose threshold "
+                f"would take it in, got {margin}"
+            )
         learned, held_out = split(feedback, eval_feedback, seed)
         if not learned:
             raise ValueError("expected feedback to learn from, got none")
+        weights = record_weights(learned, annotator_weights)
         self.scale = common_scale([*learned, *held_out])
-        self.normalization = Normalization()
+        self.normalization, self.tie_threshold = Normalization(), None
         with own_random_numbers(seed), tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            result = train(
+            result, self.tie_threshold = train(
                 self.model,
-                [Example(self._encode(record.texts), claim(record)) for record in learned],
+                [
+                    Example(self._encode(record.texts), claim(record, label_smoothing), weight)
+                    for record, weight in zip(learned, weights, strict=True)
+                ],
                 bf16,
                 on_log,
+                margin=margin,
+                learn_ties=ties == "rao-kupper",
                 output_dir=folder,
                 num_train_epochs=epochs,
-                max_steps=max_steps or -1,
+                max_steps=-1 if max_steps is None else max_steps,
                 per_device_train_batch_size=batch_size,
                 learning_rate=learning_rate,
                 seed=seed,
@@ -311,6 +386,7 @@ class LearnedRewardModel:
             seconds=seconds,
             train_loss=result.training_loss,
             held_out=self.evaluate(held_out) if held_out else None,
+            tie_threshold=self.tie_threshold,
         )
         logger.info("fitted on %d records in %.0f s", len(learned), seconds)
         return report
@@ -323,30 +399,9 @@ class LearnedRewardModel:
         Raises:
             ValueError: if there is no feedback.
         """
-        if not feedback:
-            raise ValueError("expected feedback to compare with, got none")
-        texts = sorted({text for record in feedback for text in record.texts})
-        logit = dict(zip(texts, self._logits(texts).astype(np.float64), strict=True))
-        return EvaluationReport(
-            ratings=self._rating_report([r for r in feedback if isinstance(r, Rating)], logit),
-            comparisons=_choice_report([r for r in feedback if isinstance(r, Comparison)], logit),
-            labels=_choice_report([r for r in feedback if isinstance(r, Label)], logit),
-        )
-
-    def _rating_report(self, records: Sequence[Rating], logit: dict[str, float]) -> Any:
-        if not records:
-            return None
-        by_text: dict[str, list[float]] = {}
-        for record in records:
-            by_text.setdefault(record.texts[0], []).append(record.rating)
-        predicted = self._to_scale(np.array([logit[text] for text in by_text]))
-        return rating_report(predicted, np.array([np.mean(given) for given in by_text.values()]))
-
-    def _to_scale(self, logits: np.ndarray) -> np.ndarray:
-        if self.scale is None:
-            return logits
-        low, high = self.scale
-        return ((low + high) / 2 + logits * ((high - low) / (2 * LOGIT_END))).astype(logits.dtype)
+        texts = distinct_texts(feedback)
+        logits = dict(zip(texts, self._logits(texts).astype(np.float64), strict=True))
+        return held_out_report(feedback, logits, self.scale, self.tie_threshold)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, from 1 to `max_length` of them."""
@@ -367,16 +422,6 @@ class LearnedRewardModel:
             output = self.model(ids.to(self.device), attention_mask=mask.to(self.device))
             logits[chosen] = output.logits[:, 0].float().cpu().numpy()
         return logits
-
-
-def _choice_report(records: Sequence[Comparison | Label], logit: dict[str, float]) -> Any:
-    if not records:
-        return None
-    margins = [
-        logit[record.texts[0]] - (logit[record.texts[1]] if len(record.texts) == 2 else 0.0)
-        for record in records
-    ]
-    return choice_report(np.array(margins), np.array([claim(record).target for record in records]))
 
 
 def _join(prompts: Sequence[str], completions: Sequence[str]) -> list[str]:

@@ -299,6 +299,63 @@ def test_a_learned_reward_model_in_trls_trainer(tmp_path) -> None:
     assert calls == [4, 4] and len(rewards) == 2 and np.isfinite(rewards).all()
 
 
+def test_our_pairwise_loss_is_that_of_trls_reward_trainer(tmp_path) -> None:
+    """Same model, same four pairs: the same loss and the same gradient, with margin and without."""
+    from datasets import Dataset
+    from test_reward_models_learned import make_backbone
+    from trl import RewardConfig, RewardTrainer
+
+    from reward_models import Comparison, LearnedRewardModel
+    from reward_models.batches import Example, claim, collate
+    from reward_models.loss import feedback_loss
+
+    backbone = make_backbone(tmp_path / "backbone", "llama")
+    reward_model = LearnedRewardModel.from_pretrained(str(backbone), device="cpu", seed=0)
+    model, tokenizer = reward_model.model, reward_model.tokenizer
+    th.nn.init.normal_(model.score.weight, generator=th.Generator().manual_seed(0))
+    records = [
+        Comparison("the film", " was good", " was very dull and poor"),
+        Comparison("", "lovely story", "awful"),
+        Comparison("a", " plot", " film"),
+        Comparison("its story", " is great and fine", " is"),
+    ]
+    rows = [tokenizer(list(record.texts))["input_ids"] for record in records]
+
+    def gradients() -> list[th.Tensor]:
+        found = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        return found
+
+    for margin in (0.0, 0.7):
+        columns = {"chosen_ids": [a for a, _ in rows], "rejected_ids": [b for _, b in rows]}
+        trainer = RewardTrainer(
+            model=model,
+            args=RewardConfig(
+                output_dir=str(tmp_path / "out"), per_device_train_batch_size=4, use_cpu=True,
+                bf16=False, report_to="none", remove_unused_columns=False,
+            ),
+            train_dataset=Dataset.from_dict(columns | {"margin": [margin] * 4}),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        theirs = trainer.compute_loss(model, next(iter(trainer.get_train_dataloader())))
+        model.zero_grad()
+        theirs.backward()
+        their_gradients = gradients()
+
+        batch = collate(
+            [Example(ids, claim(record)) for ids, record in zip(rows, records, strict=True)],
+            tokenizer.pad_token_id,
+        )
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+        names = ("first", "second", "target", "is_rating", "weight")
+        ours = feedback_loss(logits, *(batch[name] for name in names), margin=margin)
+        ours.backward()
+        assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
+        assert abs(ours.item() - np.log(2)) > 1e-2  # that of a model that tells nothing apart
+        for our_gradient, their_gradient in zip(gradients(), their_gradients, strict=True):
+            assert th.allclose(our_gradient, their_gradient, atol=1e-6)
+
+
 def test_gymnasiums_own_checker_under_the_older_gymnasium() -> None:
     from gymnasium.utils.env_checker import check_env
 

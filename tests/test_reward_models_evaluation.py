@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import expit
 
 from reward_models.evaluation import (
     calibration,
@@ -51,6 +52,38 @@ def test_choice_report_by_hand() -> None:
     assert report.log_loss == pytest.approx(np.mean(losses))
 
 
+def test_calibration_error_by_hand() -> None:
+    """Two groups of one: 0.5 where 1 was observed, 0.75 where 0 was; the mean gap is 0.625."""
+    report = choice_report(np.array([0.0, math.log(3)]), np.array([1.0, 0.0]))
+    assert report.calibration_error == pytest.approx(0.625)
+    assert report.calibration[0].interval == tuple(share_interval(1, 1)[1:])
+    assert calibration(np.array([1.0]), np.array([2.0]))[0].interval is None
+
+
+def test_interchangeable_sides_are_turned_to_the_preferred_one() -> None:
+    """All first sides were chosen, of which the model prefers two thirds: 0.667 is observed."""
+    logits = np.array([1.0, 1.0, -1.0] * 10)
+    report = choice_report(logits, np.ones(30), interchangeable=True)
+    plain = choice_report(logits, np.ones(30))
+    assert (report.accuracy, report.log_loss) == (plain.accuracy, pytest.approx(plain.log_loss))
+    predicted = [bin.predicted for bin in report.calibration]
+    assert predicted == pytest.approx([1 / (1 + math.exp(-1))] * 10)
+    observed = sum(bin.n * bin.observed for bin in report.calibration) / 30
+    assert observed == pytest.approx(2 / 3)
+    assert all(bin.observed == 1 for bin in plain.calibration)  # whatever was predicted
+
+
+def test_calibration_error_of_true_and_of_overconfident_probabilities() -> None:
+    """4,000 choices; three times too sure, the mean gap is that of an integral."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1.5, 4000)
+    observed = (rng.random(4000) < 1 / (1 + np.exp(-logits))).astype(float)
+    assert choice_report(logits, observed).calibration_error < 0.03
+    gap = stats.norm.expect(lambda x: abs(expit(3 * x) - expit(x)), scale=1.5)
+    found = choice_report(3 * logits, observed).calibration_error
+    assert found == pytest.approx(gap, abs=0.02) and gap > 0.1
+
+
 def test_calibration_of_a_perfect_model_is_the_diagonal() -> None:
     x = np.arange(25.0)
     table = calibration(x, x)
@@ -70,4 +103,10 @@ def test_interval_of_a_share_by_hand() -> None:
     assert share == 0.9
     assert low == pytest.approx((middle - half) / (1 + z**2 / n), abs=1e-6)
     assert high == pytest.approx((middle + half) / (1 + z**2 / n), abs=1e-6)
-    assert share_interval(10, 10)[2] == 1
+    assert share_interval(10, 10)[2] == 1 and share_interval(0, 10)[1] == 0
+    for count in range(11):
+        wilson = stats.binomtest(count, 10).proportion_ci(method="wilson")
+        assert share_interval(count, 10)[1:] == pytest.approx([wilson.low, wilson.high])
+    assert share_interval(4.5, 10)[0] == 0.45
+    with pytest.raises(ValueError, match="expected a count from 0 to 10, got 11"):
+        share_interval(11, 10)

@@ -26,7 +26,8 @@ from transformers import (
 
 from reward_models import Comparison, Feedback, Label, LearnedRewardModel, Rating
 from reward_models.batches import SimilarLength
-from reward_models.fitting import feedback_loss, split
+from reward_models.fitting import split
+from reward_models.loss import feedback_loss
 
 GOOD = ["good", "great", "fine", "lovely"]
 BAD = ["bad", "dull", "poor", "awful"]

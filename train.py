@@ -15,6 +15,7 @@ import gc
 import getpass
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -96,6 +97,14 @@ class Reward:
     """What both start from: a folder, a hub id, or minilm (MiniLM-L6, fetched once)."""
     members: int = 1
     """More than one: the reward is an ensemble of so many models, their mean less their spread."""
+    ties: Literal["half", "rao-kupper"] = "half"
+    """A tie is half a win for each side, or the likelier the less the two differ."""
+    margin: float = 0.0
+    """How far the logit of the chosen side has to be above the other's."""
+    label_smoothing: float = 0.0
+    """Share of the choices that are expected to be the wrong way round."""
+    weigh_annotators: bool = False
+    """Count people's answers by how well they agree with the others'."""
     feedback: Path | None = None
     """Feedback to learn the reward from (.jsonl: ratings, comparisons, labels)."""
     judge_feedback: Path | None = None
@@ -351,8 +360,11 @@ class Loop:
     people: Literal["real", "simulated"] = "real"
     """Who answers. Real people stop the loop until they have: call it again then."""
     simulated: Simulated = field(default_factory=Simulated)
+    judge: Reward = field(default_factory=Reward)
+    """The judge of all rounds, and the reward model that simulated people answer by."""
     sft: SFT = field(default_factory=SFT)
-    reward: Reward = field(default_factory=Reward)
+    reward: Reward = field(default_factory=partial(Reward, epochs=4, batch_size=16))
+    """The reward model of each round, learned from all answers so far."""
     ppo: PPO = field(default_factory=PPO)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
@@ -410,7 +422,12 @@ def sft(common: Common, settings: SFT) -> None:
 
 def reward(common: Common, settings: Reward) -> None:
     """Learn reward model and judge from human feedback; leaves reward_model and judge."""
-    from reward_models import LearnedRewardModel, RewardEnsemble, read_feedback
+    from reward_models import (
+        LearnedRewardModel,
+        RewardEnsemble,
+        agreement_weights,
+        read_feedback,
+    )
 
     if settings.feedback is None:
         parts = {name: data(common) / f"{name}.jsonl" for name in ("reward_model", "judge")}
@@ -429,9 +446,14 @@ def reward(common: Common, settings: Reward) -> None:
                 model = RewardEnsemble.from_pretrained(base, settings.members, **start)
             else:
                 model = LearnedRewardModel.from_pretrained(base, **start)
+            weights = agreement_weights(records) if settings.weigh_annotators else None
             report = model.fit(
                 records,
                 settings.held_out,
+                ties=settings.ties,
+                margin=settings.margin,
+                label_smoothing=settings.label_smoothing,
+                annotator_weights=weights,
                 epochs=settings.epochs,
                 batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
@@ -472,7 +494,7 @@ def train_policy(common: Common, settings: PPO) -> None:
     )
 
     from agents import SampleTextCallback, SavePretrainedCallback, TokenPPO, ranks
-    from reward_models import LearnedRewardModel
+    from reward_models import LearnedRewardModel, load_reward_model
     from text_env import TextVecEnv
     from text_env.vocabulary import load_tokenizer
 
@@ -504,7 +526,7 @@ def train_policy(common: Common, settings: PPO) -> None:
             autoreset=not whole,
             tokenizer=tokenizer,
             prompts=settings.prompts or data(common) / "prompts.jsonl",
-            reward_fn=load_reward(reward_model, common),
+            reward_fn=load_reward_model(reward_model, device_of(common)),
             max_new_tokens=settings.max_new_tokens,
             min_new_tokens=settings.min_new_tokens,
             missing_eos_penalty=settings.missing_eos_penalty,
@@ -575,7 +597,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
     """Compare policy and warm start on test prompts; leaves report.md and its pictures."""
     import numpy as np
 
-    from reward_models import LearnedRewardModel, LexiconSentiment
+    from reward_models import LearnedRewardModel, LexiconSentiment, load_reward_model
     from reward_models.assets import sentiment_lexicon
     from reward_models.evaluation import mean_interval
     from text_env.prompts import load_prompts
@@ -587,7 +609,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         policy = settings.policy or str(left_by("ppo", folder / "policy"))
         reward_model = settings.reward_model or left_by("reward", folder / "reward_model")
         prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
-        rewarder = load_reward(reward_model, common)
+        rewarder = load_reward_model(reward_model, device_of(common))
         scorers: dict[str, Scorer] = {"score": rewarder.score}
         if settings.judge or (folder / "judge").exists():
             judge = LearnedRewardModel.load(settings.judge or folder / "judge", device_of(common))
@@ -631,13 +653,17 @@ def annotate(common: Common, settings: Annotate) -> None:
             overlap = (settings.overlap_share, settings.overlap_annotators)
             say(f"{store.add(tasks, *overlap)} new tasks")
         if settings.terminal:
-            name = settings.annotator or getpass.getuser()
-            account = accounts.find(name) or accounts.create(name)
+            here = settings.annotator or getpass.getuser()
+            account = accounts.find(here) or accounts.create(here)
             ask_here(store, account.pseudonym)
             return
         from reward_models.feedback.web import serve, set_up_account
 
-        set_up_account(accounts, settings.annotator)
+        name = settings.annotator
+        if name is None and not accounts.anybody_can_sign_in():
+            name = ask("Nobody can sign in yet. A name to do it with: ")
+        if name is not None:
+            set_up_account(accounts, name)
         scheme = "http" if settings.certificate is None else "https"
         say(f"Annotate at {scheme}://{settings.host}:{settings.port}/ (Ctrl-C ends it)")
         serve(
@@ -648,6 +674,14 @@ def annotate(common: Common, settings: Annotate) -> None:
             certificate=None if settings.certificate is None else str(settings.certificate),
             key=None if settings.key is None else str(settings.key),
         )
+
+
+def ask(question: str) -> str:
+    """Ask for a line at the terminal."""
+    try:
+        return input(question)
+    except EOFError:
+        raise ValueError("expected an answer at the terminal, which is not to be had") from None
 
 
 def tasks_to_ask(common: Common, settings: Annotate) -> "list[Task]":
@@ -696,9 +730,12 @@ def with_uncertainty(common: Common, tasks: "list[Task]", ensemble: Path) -> "li
 
     model = RewardEnsemble.load(ensemble, device_of(common))
     prompts = [task.prompt for task in tasks]
-    sides = list(zip(*(task.completions for task in tasks), strict=True))
-    unsure = (model.pair_uncertainty if len(sides) == 2 else model.spread)(prompts, *sides)
-    return [replace(t, uncertainty=float(u)) for t, u in zip(tasks, unsure, strict=True)]
+    sides = [list(side) for side in zip(*(task.completions for task in tasks), strict=True)]
+    measure: Any = model.pair_uncertainty if len(sides) == 2 else model.spread
+    return [
+        replace(t, uncertainty=float(u))
+        for t, u in zip(tasks, measure(prompts, *sides), strict=True)
+    ]
 
 
 def store_file(common: Common, given: Path | None, there: bool = False) -> Path:
@@ -748,8 +785,10 @@ def compare(common: Common, settings: Compare) -> None:
     """Say how often one policy's completions are better than another's: judge, reward, people."""
     import numpy as np
 
+    from reward_models import load_reward_model
+    from reward_models.evaluation import share_interval
     from reward_models.feedback import FeedbackStore, tasks_side_by_side
-    from reward_models.feedback.agreement import Share, win_rates, wilson_interval
+    from reward_models.feedback.agreement import win_rates
     from text_env.prompts import load_prompts
 
     set_up(common)
@@ -762,13 +801,13 @@ def compare(common: Common, settings: Compare) -> None:
     for name in ("judge", "reward_model"):
         if not (folder / name).exists():
             continue
-        model = load_reward(folder / name, common)
+        model = load_reward_model(folder / name, device_of(common))
         better = [
             model.score(list(side), [texts[0] for texts in side.values()])
             for side in (mine, theirs)
         ]
         wins = float(np.sum(better[0] > better[1]) + 0.5 * np.sum(better[0] == better[1]))
-        found[name] = Share(wins / len(mine), *wilson_interval(wins, len(mine)), len(mine))
+        found[name] = [*share_interval(wins, len(mine)), len(mine)]
     file = store_file(common, settings.store)
     if settings.ask:
         with FeedbackStore(file, common.seed) as store:
@@ -776,15 +815,16 @@ def compare(common: Common, settings: Compare) -> None:
         say(f"{new} new tasks: python train.py annotate --run {folder}")
     if file.exists():
         with FeedbackStore(file) as store:
-            rates = win_rates(store.answers())
-        found |= {"people": r.share for r in rates if (r.first, r.second) == policies}
+            rates = {(r.origin, r.against): r.rate for r in win_rates(store.answers())}
+        if policies in rates:
+            found["people"] = list(rates[policies])
     if not found:
         raise ValueError(f"expected a judge or reward_model in {folder}, or answers; found none")
     say(f"{settings.first} is better than {settings.second}, on {len(mine)} prompts:")
-    for name, share in found.items():
-        say(f"  {name}: {share.share:.2f} [{share.low:.2f}, {share.high:.2f}] of {share.n:g}")
+    for name, (share, low, high, n) in found.items():
+        say(f"  {name}: {share:.2f} [{low:.2f}, {high:.2f}] of {n}")
     rows = [{"prompt": p, "first": mine[p][0], "second": theirs[p][0]} for p in mine]
-    result = {"policies": policies, "win_rate": {k: v._asdict() for k, v in found.items()}}
+    result = {"policies": policies, "win_rate": found}
     write_text(
         folder / "compare.json",
         json.dumps(result | {"samples": rows}, indent=1, ensure_ascii=False),
@@ -797,65 +837,76 @@ def loop(common: Common, settings: Loop) -> None:
     A round is a folder of the run. What is there is not done again, so a loop that was stopped, by
     people who have not answered yet or by anything else, goes on where it was.
     """
-    from reward_models.feedback import FeedbackStore, write_feedback
-    from text_env.prompts import load_prompts
-
     folder = folder_of(common)
-    first = prepare_loop(common, settings)
-    prompts = settings.ppo.prompts or data(common) / "prompts.jsonl"
-    vocabulary = settings.ppo.vocabulary
-    if vocabulary is None and settings.ppo.prompts is None:
-        vocabulary = data(common) / "language.jsonl"
-    policy, ensemble = first, None
+    first = policy = prepare_loop(common, settings)
+    told: dict[str, Any] = {"prompts": settings.ppo.prompts, "vocabulary": settings.ppo.vocabulary}
+    if settings.ppo.prompts is None:
+        told = {"prompts": data(common) / "prompts.jsonl"}
+        told["vocabulary"] = settings.ppo.vocabulary or data(common) / "language.jsonl"
+    tests = settings.evaluate.prompts or data(common) / "test_prompts.jsonl"
+    settings = replace(
+        settings,
+        ppo=replace(settings.ppo, reference=first, **told),
+        evaluate=replace(
+            settings.evaluate, prompts=tests, reference=first, judge=str(folder / "judge")
+        ),
+    )
+    ensemble = None
     for number in range(1, settings.rounds + 1):
         turn = replace(common, run=folder / f"round-{number}", seed=common.seed + number)
         here = folder_of(turn)
         here.mkdir(exist_ok=True)
         say(f"==== round {number}")
-        with FeedbackStore(store_file(common, None), common.seed) as store:
-            asked = here / "asked.json"
-            if not asked.exists():
-                set_up(turn)
-                told = Annotate(policy=policy, vocabulary=vocabulary, **written_as(settings.ppo))
-                some = some_prompts(load_prompts(prompts), settings.comparisons, turn.seed)
-                n = 2 * -(-settings.comparisons // len(some)) * (1 if ensemble is None else 2)
-                tasks = tasks_from_round(samples_of(turn, told, policy, some, n), here.name)
-                if ensemble is not None:
-                    tasks = with_uncertainty(turn, tasks, ensemble)
-                store.add(tasks)
-                write_text(asked, json.dumps({"tasks": len(tasks)}))
-            records = here / "feedback.jsonl"
-            if not records.exists():
-                if settings.people == "simulated":
-                    simulate(turn, settings, store)
-                answered = {a.task_id for a in store.answers() if here.name in a.task.origins}
-                if len(answered) < settings.comparisons:
-                    say(
-                        f"{len(answered)} of {settings.comparisons} comparisons have an answer: "
-                        f"python train.py annotate --run {folder}; then call the loop again"
-                    )
-                    return
-                write_feedback(records, store.export("comparison"))
-        made = {name: here / name for name in ("reward_model", "policy", "report.md")}
-        if not made["reward_model"].exists():
+        records = ask_about(turn, settings, policy, ensemble)
+        if records is None:
+            return
+        model, trained = here / "reward_model", here / "policy"
+        if not model.exists():
             reward(turn, replace(settings.reward, feedback=records, judge_feedback=None))
-        if not made["policy"].exists():
-            learned = str(made["reward_model"])
-            told = {"policy": policy, "reference": first, "reward_model": learned}
-            told |= {"prompts": prompts, "vocabulary": vocabulary}
-            ppo(turn, replace(settings.ppo, **told))
-        if not made["report.md"].exists():
-            told = {
-                "policy": str(made["policy"]),
-                "reference": first,
-                "judge": str(folder / "judge"),
-            }
-            tests = settings.evaluate.prompts or data(common) / "test_prompts.jsonl"
-            evaluate(turn, replace(settings.evaluate, prompts=tests, **told))
-        policy = str(made["policy"])
-        ensemble = made["reward_model"] if settings.reward.members > 1 else None
+        if not trained.exists():
+            ppo(turn, replace(settings.ppo, policy=policy, reward_model=str(model)))
+        if not (here / "report.md").exists():
+            evaluate(turn, settings.evaluate)
+        policy, ensemble = str(trained), model if settings.reward.members > 1 else None
         write_loop_report(folder, number)
     say(f"Report: {folder / 'loop.md'}")
+
+
+def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None) -> Path | None:
+    """Sample from a round's policy and have people compare the samples.
+
+    Returns:
+        The file of all answers so far; None while the round has not enough.
+    """
+    from reward_models.feedback import FeedbackStore, tasks_from_completions, write_feedback
+    from text_env.prompts import load_prompts
+
+    here, source = folder_of(common), settings.ppo.prompts
+    assert source is not None
+    asked, records, n = here / "asked.json", here / "feedback.jsonl", settings.comparisons
+    if records.exists():
+        return records
+    with FeedbackStore(here.parent / "feedback.sqlite", common.seed) as store:
+        if not asked.exists():
+            set_up(common)
+            how = Writing(**{f.name: getattr(settings.ppo, f.name) for f in fields(Writing)})
+            prompts = some_prompts(load_prompts(source), n, common.seed)
+            pairs = math.ceil(n / len(prompts)) * (2 if ensemble else 1)  # some to choose from
+            samples = samples_of(common, how, policy, prompts, 2 * pairs)
+            tasks = tasks_from_completions(samples, "comparison", here.name)
+            store.add(with_uncertainty(common, tasks, ensemble) if ensemble else tasks)
+            write_text(asked, json.dumps({"tasks": len(tasks)}))
+        n = min(n, json.loads(asked.read_text(encoding="utf-8"))["tasks"])
+        if settings.people == "simulated":
+            simulate(common, settings.simulated, store, n)
+        answered = {a.task_id for a in store.answers() if here.name in a.task.origins}
+        if len(answered) < n:
+            say(
+                f"{len(answered)} of {n} comparisons have an answer: "
+                f"python train.py annotate --run {here.parent}; then call the loop again"
+            )
+            return None
+        return write_feedback(records, store.export("comparison"))
 
 
 def prepare_loop(common: Common, settings: Loop) -> str:
@@ -868,57 +919,31 @@ def prepare_loop(common: Common, settings: Loop) -> str:
     if settings.ppo.policy is None and not (folder / "sft").exists():
         sft(common, settings.sft)
     if not (folder / "judge").exists():
-        reward(common, settings.reward)
+        reward(common, settings.judge)
     if not (folder / "judge").exists():
-        raise ValueError("expected reward.judge_feedback: a loop with own feedback needs a judge")
+        raise ValueError("expected judge.judge_feedback: a loop with own feedback needs a judge")
     return settings.ppo.reference or settings.ppo.policy or str(folder / "sft")
 
 
-def written_as(settings: PPO) -> dict[str, Any]:
-    """Return how a policy that is trained so writes."""
-    return {f.name: getattr(settings, f.name) for f in fields(Writing) if f.name != "vocabulary"}
+def simulate(common: Common, settings: Simulated, store: "FeedbackStore", n: int) -> None:
+    """Let simulated people answer until n tasks have an answer, or nothing is left to ask."""
+    from reward_models import SimulatedAnnotator, load_reward_model
+    from reward_models.feedback.simulated import answer_tasks
 
-
-def tasks_from_round(written: dict[str, list[str]], name: str) -> "list[Task]":
-    """Make comparisons of a round's samples, named after it."""
-    from reward_models.feedback import tasks_from_completions
-
-    return tasks_from_completions(written, "comparison", name)
-
-
-def simulate(common: Common, settings: Loop, store: "FeedbackStore") -> None:
-    """Let simulated people answer what is asked, until there are enough answers to the round."""
-    from reward_models.feedback.simulated import SimulatedAnnotator
-
-    told = settings.simulated
-    known = load_reward(folder_of(common).parent / "reward_model", common)
+    known: Any = load_reward_model(folder_of(common).parent / "reward_model", device_of(common))
+    told = asdict(settings)
     people = [
         SimulatedAnnotator(
-            known,
-            rationality=told.rationality,
-            tie_band=told.tie_band,
-            position_bias=told.position_bias,
-            laziness=told.laziness,
-            seed=1000 * common.seed + i,
-            pseudonym=f"simulated-{i + 1}",
+            known, **told, seed=1000 * common.seed + i, pseudonym=f"simulated-{i + 1}"
         )
-        for i in range(told.annotators)
+        for i in range(told.pop("annotators"))
     ]
-    bar = progress(settings.comparisons, "answering")
-    answered: set[int] = set()
-    while len(answered) < settings.comparisons:
-        asked = [(p, a) for p in people if (a := store.next_task(p.pseudonym)) is not None]
-        if not asked:
-            break
-        for person, assignment in asked:
-            chosen = person.compare(assignment.task.prompt, *assignment.shown)
-            store.answer(
-                assignment.id,
-                person.pseudonym,
-                {"first": "left", "second": "right", "tie": "tie"}[chosen],
-            )
-            answered.add(assignment.task_id)
+    bar, answered = progress(n, "answering"), set()
+    for asked in answer_tasks(store, people):
+        answered.add((asked.task.prompt, asked.task.completions))
         bar.update(len(answered) - bar.n)
+        if len(answered) >= n:
+            break
     bar.close()
 
 
@@ -1123,16 +1148,6 @@ def named_model(name: str) -> str:
 
     known = {"smollm2": assets.smollm2, "minilm": assets.minilm}
     return str(known[name]()) if name in known else name
-
-
-def load_reward(
-    path: "str | os.PathLike[str]", common: Common
-) -> "LearnedRewardModel | RewardEnsemble":
-    """Load a reward model, or an ensemble of them, from a folder; one model from a hub id."""
-    from reward_models import LearnedRewardModel, RewardEnsemble
-
-    kind = RewardEnsemble if (Path(path) / "ensemble.json").exists() else LearnedRewardModel
-    return kind.load(path, device_of(common))
 
 
 def device_of(common: Common) -> "th.device":

@@ -29,7 +29,7 @@ from reward_models.terms import (
 )
 
 if TYPE_CHECKING:
-    from reward_models.ensemble import RewardEnsemble
+    from reward_models.ensemble import RewardEnsemble, load_reward_model
     from reward_models.learned import LearnedRewardModel
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "agreement_weights",
     "checked_scores",
     "distinct_n",
+    "load_reward_model",
     "read_feedback",
     "repetition",
     "write_feedback",
@@ -60,8 +61,8 @@ def __getattr__(name: str) -> Any:
         from reward_models.learned import LearnedRewardModel
 
         return LearnedRewardModel
-    if name == "RewardEnsemble":
-        from reward_models.ensemble import RewardEnsemble
+    if name in ("RewardEnsemble", "load_reward_model"):
+        from reward_models import ensemble
 
-        return RewardEnsemble
+        return getattr(ensemble, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

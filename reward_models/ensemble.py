@@ -249,3 +249,16 @@ class RewardEnsemble:
     ) -> np.ndarray:
         """Scores of each member, float32, shape (members, B)."""
         return np.stack([m.score(prompts, completions, batch_size) for m in self.members])
+
+
+def load_reward_model(
+    path_or_id: str | os.PathLike[str], device: str | th.device = "auto"
+) -> LearnedRewardModel | RewardEnsemble:
+    """Load what `save` of either wrote, or any sequence classifier with one label.
+
+    Raises:
+        OSError: if there is no model there.
+        ValueError: if it is neither.
+    """
+    is_ensemble = (Path(path_or_id) / _SIDE_FILE).exists()
+    return (RewardEnsemble if is_ensemble else LearnedRewardModel).load(path_or_id, device)

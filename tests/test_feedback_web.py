@@ -18,7 +18,7 @@ from reward_models.feedback.accounts import Accounts
 from reward_models.feedback.database import StoreError
 from reward_models.feedback.store import FeedbackStore
 from reward_models.feedback.tasks import Task
-from reward_models.feedback.web import make_app, serve, set_up_first_account
+from reward_models.feedback.web import make_app, serve, set_up_account
 from reward_models.feedback.web.sessions import SESSION_COOKIE, VISIT_COOKIE
 
 PASSWORD = "a long password"
@@ -446,10 +446,9 @@ def test_the_first_account_is_set_up_at_the_terminal(tmp_path: Path) -> None:
     with Accounts(tmp_path / "feedback.db") as accounts:
         secrets = iter([PASSWORD, "another password", PASSWORD, PASSWORD])
         with pytest.raises(ValueError, match="expected the same password twice"):
-            set_up_first_account(accounts, lambda _: "Ann", lambda _: next(secrets))
-        made = set_up_first_account(accounts, lambda _: "Ann", lambda _: next(secrets))
-        assert made is not None and accounts.verify("ann", PASSWORD) == made
-        assert set_up_first_account(accounts, pytest.fail, pytest.fail) is None
+            set_up_account(accounts, "Ann", lambda _: next(secrets))
+        made = set_up_account(accounts, "Ann", lambda _: next(secrets))
+        assert accounts.verify("ann", PASSWORD) == made
 
 
 def test_whoever_answered_at_the_terminal_gets_a_password_first(tmp_path: Path) -> None:
@@ -458,5 +457,5 @@ def test_whoever_answered_at_the_terminal_gets_a_password_first(tmp_path: Path) 
         made = accounts.create("Ann")
         with pytest.raises(ValueError, match="expected an account that can sign in"):
             serve(store, accounts)
-        assert set_up_first_account(accounts, lambda _: "Ann", lambda _: PASSWORD) == made
+        assert set_up_account(accounts, "Ann", lambda _: PASSWORD) == made
         assert accounts.verify("Ann", PASSWORD) == made

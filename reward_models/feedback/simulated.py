@@ -1,18 +1,18 @@
 """People made of a formula: they answer by a known score, with the faults that people have.
 
 With them the loop of feedback, fit and policy can be tested and studied without people; how far a
-result carries over to people, they cannot tell. Where answers are kept is not decided here.
+result carries over to people, they cannot tell.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
 from reward_models.contract import RewardFunction, checked_scores
 from reward_models.feedback.records import Comparison, Label, Rating
-
-Choice = Literal["first", "second", "tie"]
+from reward_models.feedback.store import FeedbackStore
+from reward_models.feedback.tasks import Assignment, Choice
 
 
 class SimulatedAnnotator:
@@ -176,3 +176,30 @@ class SimulatedAnnotator:
         """Lazy answers, whole numbers from `low` to below `high`; `low` is the "same" one."""
         drawn = self.rng.integers(low, high, n)
         return drawn if self.lazy_answer == "random" else np.full(n, low)
+
+
+def answer_tasks(
+    store: FeedbackStore, people: Sequence[SimulatedAnnotator]
+) -> Iterator[Assignment]:
+    """Let people answer what a store asks them, in turn, until it has nothing more for anybody.
+
+    Yields:
+        Each task, once its answer is in the store.
+    """
+    waiting = list(people)
+    while waiting:
+        for person in list(waiting):
+            asked = store.next_task(person.pseudonym)
+            if asked is None:
+                waiting.remove(person)
+                continue
+            answer: object
+            if asked.task.kind == "comparison":
+                choice = person.compare(asked.task.prompt, *asked.shown)
+                answer = {"first": "left", "second": "right", "tie": "tie"}[choice]
+            elif asked.task.kind == "rating":
+                answer = person.rate(asked.task.prompt, *asked.shown)
+            else:
+                answer = person.label(asked.task.prompt, *asked.shown)
+            store.answer(asked.id, person.pseudonym, answer)
+            yield asked

@@ -233,6 +233,11 @@ class FeedbackStore:
             left = count_left(connection, annotator, time.time() - self._expire_after)
         return Progress(answered, skipped, left)
 
+    def count_tasks(self) -> int:
+        """How many tasks there are, those that came in with their answers not counted."""
+        with self._database.reading() as connection:
+            return connection.execute("SELECT count(*) FROM tasks WHERE wanted > 0").fetchone()[0]
+
     def answers(self) -> list[Answer]:
         """Every answer, the oldest first; skipped tasks are not among them."""
         with self._database.reading() as connection:

@@ -15,6 +15,6 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from reward_models.feedback.web.app import make_app, serve, set_up_first_account
+from reward_models.feedback.web.app import make_app, serve, set_up_account
 
-__all__ = ["make_app", "serve", "set_up_first_account"]
+__all__ = ["make_app", "serve", "set_up_account"]

@@ -105,31 +105,23 @@ def serve(
     )
 
 
-def set_up_first_account(
-    accounts: Accounts,
-    ask: Callable[[str], str] = input,
-    ask_secretly: Callable[[str], str] = getpass.getpass,
-) -> Account | None:
-    """Ask at the terminal for a name and a password, unless somebody can sign in already.
+def set_up_account(
+    accounts: Accounts, name: str, ask_secretly: Callable[[str], str] = getpass.getpass
+) -> Account:
+    """Ask at the terminal for a password: of a new account, or a new one for one that is there.
 
     Args:
         accounts: who may sign in.
-        ask: shows a question and gives what was typed.
-        ask_secretly: the same without showing what is typed.
-
-    Returns:
-        The account, or None if there was nothing to ask for.
+        name: to sign in with.
+        ask_secretly: shows a question and gives what was typed, without showing that.
 
     Raises:
-        ValueError: if the passwords typed differ, or `Accounts.create` does not take them.
+        ValueError: if the passwords typed differ, or `Accounts` does not take name or password.
     """
-    if accounts.anybody_can_sign_in():
-        return None
-    name = ask("Name to sign in with: ")
-    password = ask_secretly("Password (8 characters or more): ")
+    password = ask_secretly(f"Password for {name} (8 characters or more): ")
     if ask_secretly("The same password again: ") != password:
         raise ValueError("expected the same password twice, got two different ones")
-    known = accounts.find(name)  # from the terminal, where nobody signs in
+    known = accounts.find(name)
     if known is None:
         return accounts.create(name, password)
     accounts.set_password(name, password)

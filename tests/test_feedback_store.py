@@ -134,7 +134,7 @@ def test_forms_out_of_date_are_refused(store: FeedbackStore) -> None:
     store.undo("ann")
     with pytest.raises(StaleTask, match=f"the task that is open now, got {second.id}"):
         store.skip(second.id, "ann")
-    for number in (0, -1, 99, 2**62):
+    for number in (0, -1, 99, 2**62, 10**30):
         with pytest.raises(UnknownTask, match=f"expected a task that was given, got {number}"):
             store.answer(number, "ann", "left")
     assert store.answers() == []
@@ -222,7 +222,7 @@ def test_uncertainty_and_gold_can_be_brought_up_to_date(store: FeedbackStore) ->
 
 
 def test_gold_questions_are_mixed_in_at_a_rate(tmp_path: Path) -> None:
-    """Everybody gets them: a quarter, 33 ± 6.7 before the 100th other one; none after the last."""
+    """Everybody gets them: a quarter, 33 ± 6.7 before the other 100 end, and none after."""
     with FeedbackStore(tmp_path / "f.db", gold_rate=0.25) as store:
         store.add(comparisons(100), overlap_share=1, overlap_annotators=2)
         store.add([Task("label", f"g{i}", ("a",), gold=True) for i in range(80)])

@@ -30,6 +30,7 @@ from reward_models.feedback import (
         (("label", "p", ("a",), (), (1, 5), 1), "expected true or false, got 1"),
         (("comparison", "p", ("a", "b"), (), (1, 5), "left"), "first, second or tie, got 'left'"),
         (("label", "p", ("a",), (), (1, 5), None, float("nan")), "expected a finite uncertainty"),
+        (("label", "p", ("a",), (), (1, 5), None, 10**400), "expected a finite uncertainty"),
     ],
 )
 def test_impossible_tasks_are_refused(arguments: tuple[Any, ...], message: str) -> None:

@@ -151,16 +151,19 @@ class Database:
         """Leave no trace of deleted rows in the file or its write-ahead log.
 
         Raises:
-            StoreError: if another process kept reading for half a minute.
+            StoreError: if others kept the file busy for half a minute, or the disk is full.
         """
-        with self._lock, self._clear_errors():
-            self._connection.execute("VACUUM")
-            busy = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        with self._lock:
+            try:
+                self._connection.execute("VACUUM")
+                checkpoint = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                busy = checkpoint.fetchone()[0]
+            except sqlite3.DatabaseError as error:
+                raise StoreError(
+                    f"{self.path}: deleted, but traces may be left: {error}"
+                ) from error
         if busy:
-            raise StoreError(
-                f"{self.path}: erased, but not from the file's log, which another process was "
-                "reading for half a minute; it goes when the last process closes the file"
-            )
+            raise StoreError(f"{self.path}: deleted, but its log is in use and may hold traces")
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:

@@ -65,8 +65,10 @@ class Task:
         object.__setattr__(self, "scale", scale)
         if self.gold is not None:
             object.__setattr__(self, "gold", self.check(self.gold))
-        if self.uncertainty is not None and not _is_number(self.uncertainty):
-            raise ValueError(f"expected a finite uncertainty, got {self.uncertainty!r}")
+        if self.uncertainty is not None:
+            if not _is_number(self.uncertainty):
+                raise ValueError(f"expected a finite uncertainty, got {self.uncertainty!r}")
+            object.__setattr__(self, "uncertainty", float(self.uncertainty))
 
     def swapped(self) -> "Task":
         """The same comparison with its completions in the other order."""
@@ -300,4 +302,7 @@ def _check_scale(scale: Any) -> tuple[int, int]:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False

@@ -797,17 +797,15 @@ def compare(common: Common, settings: Compare) -> None:
     prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
     prompts = some_prompts(prompts, settings.n_prompts, common.seed)
     mine, theirs = (samples_of(common, settings, lm, prompts, 1) for lm in policies)
+    asked = [prompt for prompt, texts in mine.items() for _ in texts]
+    sides = [[text for texts in side.values() for text in texts] for side in (mine, theirs)]
     found: dict[str, Any] = {}
     for name in ("judge", "reward_model"):
-        if not (folder / name).exists():
-            continue
-        model = load_reward_model(folder / name, device_of(common))
-        better = [
-            model.score(list(side), [texts[0] for texts in side.values()])
-            for side in (mine, theirs)
-        ]
-        wins = float(np.sum(better[0] > better[1]) + 0.5 * np.sum(better[0] == better[1]))
-        found[name] = [*share_interval(wins, len(mine)), len(mine)]
+        if (folder / name).exists():
+            model = load_reward_model(folder / name, device_of(common))
+            one, two = (model.score(asked, texts) for texts in sides)
+            wins = float(np.sum(one > two) + 0.5 * np.sum(one == two))
+            found[name] = [*share_interval(wins, len(asked)), len(asked)]
     file = store_file(common, settings.store)
     if settings.ask:
         with FeedbackStore(file, common.seed) as store:
@@ -820,10 +818,13 @@ def compare(common: Common, settings: Compare) -> None:
             found["people"] = list(rates[policies])
     if not found:
         raise ValueError(f"expected a judge or reward_model in {folder}, or answers; found none")
-    say(f"{settings.first} is better than {settings.second}, on {len(mine)} prompts:")
+    say(f"{settings.first} is better than {settings.second}, on {len(asked)} prompts:")
     for name, (share, low, high, n) in found.items():
         say(f"  {name}: {share:.2f} [{low:.2f}, {high:.2f}] of {n}")
-    rows = [{"prompt": p, "first": mine[p][0], "second": theirs[p][0]} for p in mine]
+    rows = [
+        {"prompt": prompt, "first": one, "second": two}
+        for prompt, one, two in zip(asked, *sides, strict=True)
+    ]
     result = {"policies": policies, "win_rate": found}
     write_text(
         folder / "compare.json",
@@ -1214,15 +1215,18 @@ def on_first_process(function: Callable[..., None], *arguments: Any) -> None:
 def agreement(report: dict[str, Any]) -> str:
     """Say in one line how well a fitted model agrees with held-out feedback."""
     parts = []
-    for kind, found in (report["held_out"] or {}).items():
-        if found is not None and "pearson" in found:
+    for kind in ("ratings", "comparisons", "labels"):
+        found = (report["held_out"] or {}).get(kind)
+        if found is not None and kind == "ratings":
             parts.append(
                 f"r = {found['pearson']:.3f}, pairwise accuracy {found['pairwise_accuracy']:.3f} "
                 f"on {found['n']} held-out texts"
             )
         elif found is not None:
             parts.append(f"accuracy {found['accuracy']:.3f} on {found['n']} held-out {kind}")
-    return "; ".join(parts) + f" ({report['records']} records, {report['seconds']:.0f} s)"
+    members = report.get("members") or [report]
+    seconds = sum(member["seconds"] for member in members)
+    return "; ".join(parts) + f" ({members[0]['records']} records, {seconds:.0f} s)"
 
 
 PEOPLE = "one half of the people with the other: r = {split_half:.2f}; a lexicon: r = {lexicon:.2f}"
@@ -1722,7 +1726,7 @@ def make_parser() -> "ArgumentParser":
         command = ArgumentParser(description=function.__doc__)
         command.add_argument("--config", action="config", help="A YAML file of settings.")
         command.add_class_arguments(Common)
-        command.add_class_arguments(settings)
+        command.add_class_arguments(settings, as_positional=True)
         group, _, action = name.rpartition(" ")
         if group and group not in nested:
             outer = ArgumentParser(description="Answers from elsewhere, and what becomes of them.")

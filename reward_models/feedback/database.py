@@ -94,7 +94,7 @@ class StaleTask(AnswerError):
     """The task was taken back: undone, expired, or it is somebody else's."""
 
 
-class UnknownAnnotator(LookupError):
+class UnknownAnnotator(ValueError):
     """Nobody of that name is known."""
 
 

@@ -4,7 +4,7 @@ They choose by the mean human rating of short movie sentences:
 
     python -m benchmarks.feedback
 
-Leaves in `--out` the figures (`feedback.json`) and two pictures, of the learning curve and of the
+Leaves in `--out` the figures of each study as JSON, and pictures of the learning curve and of the
 calibration. What the numbers say is in docs/reward_models.md.
 """
 
@@ -36,27 +36,24 @@ FIT: dict[str, Any] = {"epochs": 2, "batch_size": 16, "learning_rate": 1e-4}
 
 
 def main() -> None:
-    """Run both studies."""
+    """Run the studies that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/feedback"))
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--repeats", type=int, default=2, help="fits of each kind")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
-    start = time.perf_counter()
     rated = load_human_ratings(("movies",))
     score = {item.text: item.mean for item in rated if len(item.text) <= LONGEST}
     texts = np.random.default_rng(0).permutation(sorted(score)).tolist()
     held_out = answers(SimulatedAnnotator(score, seed=99), texts[: 2 * HELD_OUT])
-    rest = texts[2 * HELD_OUT :]
     ceiling = np.mean([score[record.chosen] > score[record.rejected] for record in held_out])
-    facts = {
-        "ceiling": float(ceiling),
-        "curve": curve(score, rest, held_out, arguments),
-        "lazy_half": lazy_half(score, rest, held_out, arguments),
-        "seconds": time.perf_counter() - start,
-    }
-    with atomic_file(arguments.out / "feedback.json") as file:
-        file.write_text(json.dumps(facts, indent=2) + "\n")
+    for name in arguments.studies:
+        start = time.perf_counter()
+        facts = STUDIES[name](score, texts[2 * HELD_OUT :], held_out, arguments)
+        facts |= {"ceiling": float(ceiling), "seconds": time.perf_counter() - start}
+        with atomic_file(arguments.out / f"{name}.json") as file:
+            file.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def curve(
@@ -119,6 +116,9 @@ def lazy_half(
             accuracy[name].append(report.held_out.comparisons.accuracy)
         print({name: values[-1] for name, values in accuracy.items()}, weights[-1], flush=True)
     return {"accuracy": accuracy, "weights": weights}
+
+
+STUDIES = {"curve": curve, "lazy_half": lazy_half}
 
 
 def answers(annotator: SimulatedAnnotator, texts: Sequence[str]) -> list[Comparison]:

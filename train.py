@@ -813,9 +813,12 @@ def compare(common: Common, settings: Compare) -> None:
         say(f"{new} new tasks: python train.py annotate --run {folder}")
     if file.exists():
         with FeedbackStore(file) as store:
-            rates = {(r.origin, r.against): r.rate for r in win_rates(store.answers())}
+            rates = {(r.origin, r.against): list(r.rate) for r in win_rates(store.answers())}
         if policies in rates:
-            found["people"] = list(rates[policies])
+            found["people"] = rates[policies]
+        elif policies[::-1] in rates:  # rates are of the first by name
+            share, low, high, n = rates[policies[::-1]]
+            found["people"] = [1 - share, 1 - high, 1 - low, n]
     if not found:
         raise ValueError(f"expected a judge or reward_model in {folder}, or answers; found none")
     say(f"{settings.first} is better than {settings.second}, on {len(asked)} prompts:")

@@ -131,6 +131,11 @@ def test_compare_says_who_wins_and_asks_people_too(run, own, capsys) -> None:  #
     found = json.loads((run / "compare.json").read_text())["win_rate"]
     assert found["people"][0] == 1
     assert 0 <= found["judge"][1] <= found["judge"][0] <= found["judge"][2] <= 1
+    _, low, _, n = found["people"]
+    line = f"compare {run}/sft {run}/policy --prompts {own}/prompts.txt"
+    assert command(line, run) == 0
+    found = json.loads((run / "compare.json").read_text())["win_rate"]
+    assert found["people"][0] == 0 and found["people"][2:] == [pytest.approx(1 - low), n]
 
 
 def loop_line(own: Path, rounds: int, people: str) -> str:  # noqa: F811

@@ -865,11 +865,11 @@ def loop(common: Common, settings: Loop) -> None:
         if records is None:
             return
         model, trained = here / "reward_model", here / "policy"
-        if not model.exists():
+        if not is_done(turn, "reward"):
             reward(turn, replace(settings.reward, feedback=records, judge_feedback=None))
-        if not trained.exists():
+        if not is_done(turn, "ppo"):
             ppo(turn, replace(settings.ppo, policy=policy, reward_model=str(model)))
-        if not (here / "report.md").exists():
+        if not is_done(turn, "evaluate"):
             evaluate(turn, settings.evaluate)
         policy, ensemble = str(trained), model if settings.reward.members > 1 else None
         write_loop_report(folder, number)
@@ -1068,6 +1068,11 @@ def stage(common: Common, name: str) -> Iterator[tuple[dict[str, Any], Path]]:
     with atomic_file(run_folder / "stages" / f"{name}.json") as file:
         file.write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
     say(f"   {facts['seconds']:.0f} s, at most {facts['peak_memory_gib']:.1f} GiB so far")
+
+
+def is_done(common: Common, name: str) -> bool:
+    """Return whether a stage came to its end: its facts are written last."""
+    return (folder_of(common) / "stages" / f"{name}.json").exists()
 
 
 MAKES = {

@@ -154,7 +154,10 @@ def test_a_loop_with_simulated_people_goes_on_where_it_was(own, tmp_path) -> Non
     assert command(loop_line(own, 1, "simulated"), tmp_path) == 0
     weights = tmp_path / "round-1" / "policy" / "model.safetensors"
     written = weights.stat().st_mtime_ns
+    facts = tmp_path / "round-1" / "stages" / "evaluate.json"
+    facts.unlink()  # as if it had been killed just before the end of the round
     assert command(loop_line(own, 2, "simulated"), tmp_path) == 0
+    assert facts.exists()
     assert weights.stat().st_mtime_ns == written
     report = (tmp_path / "loop.md").read_text()
     assert "| 0 | 0 |" in report and "| 2 | " in report

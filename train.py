@@ -842,7 +842,8 @@ def loop(common: Common, settings: Loop) -> None:
     people who have not answered yet or by anything else, goes on where it was.
     """
     folder = folder_of(common)
-    first = policy = prepare_loop(common, settings)
+    policy = prepare_loop(common, settings)
+    first = settings.ppo.reference or policy
     told: dict[str, Any] = {"prompts": settings.ppo.prompts, "vocabulary": settings.ppo.vocabulary}
     if settings.ppo.prompts is None:
         told = {"prompts": data(common) / "prompts.jsonl"}
@@ -917,7 +918,7 @@ def prepare_loop(common: Common, settings: Loop) -> str:
     """Make what the rounds stand on: first policy, judge, and what simulated people answer by.
 
     Returns:
-        The first policy, which is the reference of every round.
+        The first policy, which is the reference of every round unless another is given.
     """
     folder = folder_of(common)
     if settings.ppo.policy is None and not (folder / "sft").exists():
@@ -926,7 +927,7 @@ def prepare_loop(common: Common, settings: Loop) -> str:
         reward(common, settings.judge)
     if not (folder / "judge").exists():
         raise ValueError("expected judge.judge_feedback: a loop with own feedback needs a judge")
-    return settings.ppo.reference or settings.ppo.policy or str(folder / "sft")
+    return settings.ppo.policy or str(folder / "sft")
 
 
 def simulate(common: Common, settings: Simulated, store: "FeedbackStore", n: int) -> None:

@@ -899,7 +899,12 @@ def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None
             pairs = math.ceil(n / len(prompts)) * (2 if ensemble else 1)  # some to choose from
             samples = samples_of(common, how, policy, prompts, 2 * pairs)
             tasks = tasks_from_completions(samples, "comparison", here.name)
-            store.add(with_uncertainty(common, tasks, ensemble) if ensemble else tasks)
+            random.Random(common.seed).shuffle(tasks)
+            if ensemble is not None:
+                tasks = with_uncertainty(common, tasks, ensemble)
+                tasks.sort(key=lambda task: task.uncertainty or 0.0, reverse=True)
+            tasks = tasks[:n]  # what is too many now would be asked in the rounds to come
+            store.add(tasks)
             write_text(asked, json.dumps({"tasks": len(tasks)}))
         n = min(n, json.loads(asked.read_text(encoding="utf-8"))["tasks"])
         if settings.people == "simulated":

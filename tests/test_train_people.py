@@ -164,6 +164,8 @@ def test_a_loop_with_simulated_people_goes_on_where_it_was(own, tmp_path) -> Non
     assert (tmp_path / "loop.png").stat().st_size > 5000
     one, two = (read_feedback(tmp_path / f"round-{i}" / "feedback.jsonl") for i in (1, 2))
     assert len(two) > len(one) >= 8 and two[: len(one)] == one
+    with FeedbackStore(tmp_path / "feedback.sqlite") as store:
+        assert store.count_tasks() == 2 * 8  # nothing is left over for a later round
     config = json.loads((tmp_path / "round-2" / "stages" / "ppo.json").read_text())
     assert config["tokens"] >= 128
 

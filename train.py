@@ -908,7 +908,7 @@ def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None
             write_text(asked, json.dumps({"tasks": len(tasks)}))
         n = min(n, json.loads(asked.read_text(encoding="utf-8"))["tasks"])
         if settings.people == "simulated":
-            simulate(common, settings.simulated, store, n)
+            simulate(common, settings.simulated, store)
         answered = {a.task_id for a in store.answers() if here.name in a.task.origins}
         if len(answered) < n:
             say(
@@ -935,8 +935,8 @@ def prepare_loop(common: Common, settings: Loop) -> str:
     return settings.ppo.policy or str(folder / "sft")
 
 
-def simulate(common: Common, settings: Simulated, store: "FeedbackStore", n: int) -> None:
-    """Let simulated people answer until n tasks have an answer, or nothing is left to ask."""
+def simulate(common: Common, settings: Simulated, store: "FeedbackStore") -> None:
+    """Let simulated people answer until nothing is left to ask, by several what several are to."""
     from reward_models import SimulatedAnnotator, load_reward_model
     from reward_models.feedback.simulated import answer_tasks
 
@@ -948,12 +948,9 @@ def simulate(common: Common, settings: Simulated, store: "FeedbackStore", n: int
         )
         for i in range(told.pop("annotators"))
     ]
-    bar, answered = progress(n, "answering"), set()
-    for asked in answer_tasks(store, people):
-        answered.add((asked.task.prompt, asked.task.completions))
-        bar.update(len(answered) - bar.n)
-        if len(answered) >= n:
-            break
+    bar = progress(None, "answering")
+    for _ in answer_tasks(store, people):
+        bar.update()
     bar.close()
 
 
@@ -1432,8 +1429,8 @@ def samples_of(
     return written
 
 
-def progress(total: int, what: str) -> Any:
-    """Return a progress bar."""
+def progress(total: int | None, what: str) -> Any:
+    """Return a progress bar; without a total, a counter."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc=what, leave=False)

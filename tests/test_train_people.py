@@ -170,6 +170,13 @@ def test_a_loop_with_simulated_people_goes_on_where_it_was(own, tmp_path) -> Non
     assert config["tokens"] >= 128
 
 
+def test_simulated_people_can_be_weighed_by_their_agreement(own, tmp_path) -> None:  # noqa: F811
+    line = loop_line(own, 1, "simulated").replace("--comparisons 8", "--comparisons 12")
+    assert command(line + " --reward.weigh_annotators true", tmp_path) == 0
+    with FeedbackStore(tmp_path / "feedback.sqlite") as store:
+        assert all(store.next_task(f"simulated-{i}") is None for i in (1, 2, 3))
+
+
 def test_a_loop_waits_for_people(own, tmp_path, capsys) -> None:  # noqa: F811
     line = loop_line(own, 1, "real")
     assert command(line, tmp_path) == 0

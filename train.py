@@ -273,6 +273,10 @@ class Annotate(Writing):
     """Address of the page; others than this machine's own are reachable from outside."""
     port: int = 8000
     """Port of the page."""
+    names: list[str] = field(default_factory=list)
+    """Names by which the page is called up, but for the host: those in the certificate, say."""
+    lead: str | None = None
+    """Who runs the collection: the dashboard shows them disagreements on all tasks."""
     certificate: Path | None = None
     """TLS certificate of the page; without it passwords cross a network in the clear."""
     key: Path | None = None
@@ -671,6 +675,8 @@ def annotate(common: Common, settings: Annotate) -> None:
             accounts,
             settings.host,
             settings.port,
+            settings.names,
+            settings.lead,
             certificate=None if settings.certificate is None else str(settings.certificate),
             key=None if settings.key is None else str(settings.key),
         )

@@ -155,6 +155,15 @@ def test_undo_goes_back_one_by_one(store: FeedbackStore) -> None:
     assert len(store.answers()) == 1
 
 
+def test_the_same_undo_twice_takes_one_answer_back(store: FeedbackStore) -> None:
+    store.add(comparisons(3))
+    give_all(store, "ann")
+    assert store.undo("ann", of=3) is not None
+    with pytest.raises(StaleTask, match="the last of 2 answers, got that of 3"):
+        store.undo("ann", of=3)
+    assert len(store.answers()) == 2
+
+
 def test_undo_is_ones_own(store: FeedbackStore) -> None:
     store.add(comparisons(2))
     give_all(store, "ann")

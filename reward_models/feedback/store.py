@@ -15,7 +15,7 @@ from reward_models.feedback.assignment import (
     is_shown_swapped,
 )
 from reward_models.feedback.conversion import as_record
-from reward_models.feedback.database import Database, UnknownAnnotator
+from reward_models.feedback.database import Database, StaleTask, UnknownAnnotator
 from reward_models.feedback.imports import import_answers
 from reward_models.feedback.records import Feedback
 from reward_models.feedback.rows import (
@@ -193,15 +193,27 @@ class FeedbackStore:
         with self._database.writing() as connection:
             finish(connection, named_row(connection, annotator, assignment), None, None)
 
-    def undo(self, annotator: str) -> Assignment | None:
+    def undo(self, annotator: str, of: int | None = None) -> Assignment | None:
         """Take this person's last answer or skip back and give its task again, shown as before.
 
         The task that was open goes back to the pile.
 
+        Args:
+            annotator: pseudonym of the person.
+            of: how many answers and skips the person has seen to be saved; any number if left out.
+
         Returns:
             What is open now, or None if there was nothing to take back.
+
+        Raises:
+            StaleTask: if there are not `of` any more: of two windows, the other was first.
         """
         with self._database.writing() as connection:
+            done = connection.execute(
+                "SELECT count(done) FROM assignments WHERE annotator = ?", (annotator,)
+            ).fetchone()[0]
+            if of is not None and of != done:
+                raise StaleTask(f"expected the last of {done} answers, got that of {of}")
             last = connection.execute(
                 "SELECT id FROM assignments WHERE annotator = ? AND done IS NOT NULL "
                 "AND opened IS NOT NULL ORDER BY done DESC LIMIT 1",

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Form, Request
 from fastapi.responses import RedirectResponse, Response
 
 from reward_models.feedback.database import AnswerError, UnknownTask
-from reward_models.feedback.store import FeedbackStore, Progress
+from reward_models.feedback.store import FeedbackStore
 from reward_models.feedback.web.figures import dashboard
 from reward_models.feedback.web.rendering import Refusal, page
 from reward_models.feedback.web.sessions import Visit, poster, visitor
@@ -41,7 +41,7 @@ def show_task(request: Request, visit: Annotated[Visit, Depends(visitor)]) -> Re
         "page": "task",
         "done": progress.answered,
         "total": progress.answered + progress.left,
-        "steps": _steps(progress),
+        "steps": progress.answered + progress.skipped,
         "undone": "undone" in request.query_params,
     }
     if assignment is None:
@@ -96,10 +96,12 @@ def undo(
     steps: Annotated[int, Form()],
 ) -> Response:
     """Take the last answer back, if it still is the last one that the form's sender saw."""
-    store, annotator = _store(request), visit.account.pseudonym
-    if steps != _steps(store.progress(annotator)):
-        raise Refusal(409, "You have answered since, or taken it back already; nothing was undone.")
-    if store.undo(annotator) is None:
+    try:
+        undone = _store(request).undo(visit.account.pseudonym, steps)
+    except AnswerError as error:
+        sentence = "You have answered since, or taken it back already; nothing was undone."
+        raise Refusal(409, sentence) from error
+    if undone is None:
         raise Refusal(409, "There is no answer to take back.")
     return RedirectResponse("/?undone", status_code=303)
 
@@ -121,11 +123,6 @@ def show_dashboard(request: Request, visit: Annotated[Visit, Depends(visitor)]) 
 def _store(request: Request) -> FeedbackStore:
     store: FeedbackStore = request.app.state.store
     return store
-
-
-def _steps(progress: Progress) -> int:
-    """Answers and skips so far, by which a form to undo the last one knows whether it is late."""
-    return progress.answered + progress.skipped
 
 
 def _refusal(error: AnswerError) -> Refusal:

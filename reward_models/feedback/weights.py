@@ -87,7 +87,8 @@ def _agreement(
     for values in pairs.values():
         v, o = np.array(values).T
         observed += float(((v - o) ** 2).sum())
-        expected += float(((v[:, None] - o[None, :]) ** 2).mean()) * len(v)
+        cross = v.var() + o.var() + (v.mean() - o.mean()) ** 2  # mean of (v − o′)² over all pairs
+        expected += float(cross) * len(v)
     number = sum(map(len, pairs.values()))
     return (1 - observed / expected if expected > 0 else float(number > 0)), number
 

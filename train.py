@@ -1240,7 +1240,8 @@ def agreement(report: dict[str, Any]) -> str:
                 f"on {found['n']} held-out texts"
             )
         elif found is not None:
-            parts.append(f"accuracy {found['accuracy']:.3f} on {found['n']} held-out {kind}")
+            n = found["decided"]
+            parts.append(f"accuracy {found['accuracy']:.3f} on {n} held-out {kind}")
     members = report.get("members") or [report]
     seconds = sum(member["seconds"] for member in members)
     return "; ".join(parts) + f" ({members[0]['records']} records, {seconds:.0f} s)"
@@ -1552,7 +1553,10 @@ def notes(facts: dict[str, Any], groups: dict[str, Episodes]) -> str:
 
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a file, none if there is no such file."""
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:  # str.splitlines would split within a line's texts
+        return [line.rstrip("\n") for line in file]
 
 
 def measures_table(found: dict[str, dict[str, list[float]]]) -> str:

@@ -922,7 +922,10 @@ def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None
                 f"python train.py annotate --run {here.parent}; then call the loop again"
             )
             return None
-        return write_feedback(records, store.export("comparison"))
+        tests = {row["prompt"] for row in load_prompts(settings.evaluate.prompts or source)}
+        tests -= {row["prompt"] for row in load_prompts(source)}
+        learned = store.export("comparison")  # what `compare --ask` asked is among them
+        return write_feedback(records, (r for r in learned if r.prompt not in tests))
 
 
 def prepare_loop(common: Common, settings: Loop) -> str:

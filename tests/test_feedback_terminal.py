@@ -122,3 +122,4 @@ def test_visible_keeps_what_is_harmless() -> None:
     text = "Grüße,\n\t中文, עברית, 👩‍💻, \\x1b"
     assert visible(text) == text
     assert visible("\x00\x7f\u2066\ud800") == r"\x00\x7f\u2066\ud800"
+    assert visible("a\u200bb\u2028\U000e0041") == r"a\u200bb\u2028\U000e0041"

@@ -16,9 +16,7 @@ from rich.text import Text
 from reward_models.feedback.database import AnswerError
 from reward_models.feedback.store import FeedbackStore
 from reward_models.feedback.tasks import Assignment, Task
-
-_DIRECTION = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Invisible characters that turn the direction of writing and so can hide what is there."""
+from reward_models.feedback.unseen import is_unseen
 
 _ALWAYS = "s skip, u undo, q quit"
 
@@ -60,12 +58,9 @@ def annotate(
 
 
 def visible(text: str) -> str:
-    r"""The text with everything in it that could steer a terminal written out as `\x1b`."""
+    r"""The text with everything in it that could steer a terminal or hide written as `\x1b`."""
     return "".join(
-        character
-        if character in "\n\t"
-        or (unicodedata.category(character) not in ("Cc", "Cs") and character not in _DIRECTION)
-        else character.encode("unicode_escape").decode("ascii")
+        character.encode("unicode_escape").decode("ascii") if is_unseen(character) else character
         for character in text
     )
 

@@ -1,23 +1,14 @@
 """How a text that nobody can vouch for is shown: all of it, and nothing of it obeyed.
 
-Markup is escaped by the templates; here are the characters that a reader would not see.
+Markup is escaped by the templates; here the characters that a reader would not see are written out.
 """
 
 import re
-import unicodedata
 
 from markupsafe import Markup, escape
 
-# Format characters (category Cf) with a place in ordinary text: joiners, the soft hyphen, and the
-# Arabic, Syriac and Kaithi signs that are drawn.
-_ORDINARY = frozenset("\u00ad\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f") | {
-    "\u0890",
-    "\u0891",
-    "\u08e2",
-    "\U000110bd",
-    "\U000110cd",
-}
-_HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
+from reward_models.feedback.unseen import is_unseen
+
 # Names, not control pictures (␛): many systems have no font with those.
 _CONTROLS = {0x00: "NUL", 0x07: "BEL", 0x08: "BS", 0x0D: "CR", 0x1B: "ESC", 0x7F: "DEL"}
 _KANA = re.compile("[\u3040-\u30ff]")
@@ -45,11 +36,7 @@ def language(text: str) -> str:
 
 
 def _shown(character: str) -> Markup:
-    if (
-        character in "\n\t"
-        or character in _ORDINARY
-        or unicodedata.category(character) not in _HIDDEN_CATEGORIES
-    ):
+    if not is_unseen(character):
         return escape(character)
     code = ord(character)
     name = _CONTROLS.get(code, f"U+{code:04X}")

@@ -646,6 +646,10 @@ def annotate(common: Common, settings: Annotate) -> None:
     from reward_models.feedback import Accounts, FeedbackStore
     from reward_models.feedback.terminal import annotate as ask_here
 
+    if not settings.terminal:
+        from reward_models.feedback.web import serve, set_up_account  # missing? now, not later
+    if settings.against is not None and settings.kind != "comparison":
+        raise ValueError(f"expected kind comparison with against, got {settings.kind}")
     file = store_file(common, settings.store)
     with (
         FeedbackStore(file, common.seed, settings.gold_rate) as store,
@@ -656,13 +660,16 @@ def annotate(common: Common, settings: Annotate) -> None:
             tasks = tasks_to_ask(common, settings)
             overlap = (settings.overlap_share, settings.overlap_annotators)
             say(f"{store.add(tasks, *overlap)} new tasks")
+        elif settings.ensemble is not None:
+            raise ValueError(
+                "expected tasks, policy or prompts beside ensemble, which puts new tasks in order: "
+                f"{file} has some already"
+            )
         if settings.terminal:
             here = settings.annotator or getpass.getuser()
             account = accounts.find(here) or accounts.create(here)
             ask_here(store, account.pseudonym)
             return
-        from reward_models.feedback.web import serve, set_up_account
-
         name = settings.annotator
         if name is None and not accounts.anybody_can_sign_in():
             name = ask("Nobody can sign in yet. A name to do it with: ")
@@ -1795,7 +1802,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("train.py: interrupted; what earlier stages left is in place")
         return 130
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         if os.environ.get("RLHF_GYM_DEBUG"):
             raise
         message = " ".join(str(error).split())

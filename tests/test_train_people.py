@@ -69,7 +69,7 @@ def test_from_samples_to_answers_to_a_file_and_away(run, own, monkeypatch, capsy
     assert "3 new answers of 3" in capsys.readouterr().out
 
 
-def test_two_policies_side_by_side_the_disputed_first(run, own, monkeypatch) -> None:  # noqa: F811
+def test_two_policies_side_by_side_the_disputed_first(run, own, monkeypatch, capsys) -> None:  # noqa: F811
     line = f"reward --members 2 --model {own}/encoder --feedback {own}/feedback.jsonl --epochs 1"
     assert command(line, run / "more") == 0
     keys(monkeypatch)
@@ -79,6 +79,13 @@ def test_two_policies_side_by_side_the_disputed_first(run, own, monkeypatch) -> 
         tasks = [store.next_task("somebody").task]
     assert set(tasks[0].origins) == {f"{run}/policy", f"{run}/sft"}
     assert 0 < tasks[0].uncertainty <= 0.5
+    assert command(f"annotate --terminal true --ensemble {run}/more/reward_model", run) == 1
+    assert "expected tasks, policy or prompts beside ensemble" in capsys.readouterr().err
+
+
+def test_two_policies_are_compared_and_not_rated(run, capsys) -> None:
+    assert command(f"annotate --terminal true --kind rating --against {run}/sft", run) == 1
+    assert "expected kind comparison with against, got rating" in capsys.readouterr().err
 
 
 def test_ratings_as_a_table(run, capsys) -> None:

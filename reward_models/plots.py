@@ -56,7 +56,9 @@ def plot_learning_curve(
     axes.errorbar(answers, values, yerr=spread, fmt="o-", capsize=3, label="measured, 95 %")
     for point in curve.points:
         if len(point.repeats) > 1:
-            axes.plot([point.answers] * len(point.repeats), point.repeats, "_", color="C0")
+            axes.plot(
+                [point.answers] * len(point.repeats), point.repeats, ".", color="C0", alpha=0.5
+            )
     beyond = [(f.answers, f.value, *f.interval) for f in curve.forecasts if f.answers is not None]
     if beyond:
         x, middle, low, high = np.array(beyond).T

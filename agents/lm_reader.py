@@ -79,7 +79,11 @@ class LMReader(TokenModel):
         Returns:
             (n, k) int64, the likeliest first.
         """
-        return self._logits(obs, masks).topk(k, dim=1).indices.cpu().numpy()
+        hidden, lm = self.last_hidden(self._ids(obs))
+        logits = self.decoding_head(lm).logits(hidden)
+        if masks is not None:
+            mask_logits_(logits, th.as_tensor(np.array(masks), device=logits.device))
+        return logits.topk(k, dim=1).indices.cpu().numpy()
 
     @th.no_grad()
     def log_probs(self, obs: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
@@ -92,16 +96,12 @@ class LMReader(TokenModel):
         Returns:
             (n, V) float32. Of a row of nothing but -1, anything.
         """
-        found = self._logits(obs, masks).log_softmax(dim=1).cpu().numpy()
-        return found if masks is None else np.where(masks, found, -np.inf)
-
-    def _logits(self, obs: np.ndarray, masks: np.ndarray | None) -> th.Tensor:
-        """Logits of the next tokens, (n, V) float32."""
-        hidden, lm = self.last_hidden(self._ids(obs))
-        logits = self.decoding_head(lm).logits(hidden).float()
+        hidden, _ = self.last_hidden(self._ids(obs))
+        found = self.head().logits(hidden)  # float32: the decoder's own is made for sampling
         if masks is not None:
-            mask_logits_(logits, th.as_tensor(np.array(masks), device=logits.device))
-        return logits
+            mask_logits_(found, th.as_tensor(np.array(masks), device=found.device))
+        log_probs = found.log_softmax(dim=1).cpu().numpy()
+        return log_probs if masks is None else np.where(masks, log_probs, -np.inf)
 
     def _ids(self, obs: np.ndarray) -> th.Tensor:
         return th.as_tensor(np.asarray(obs), device=self.lm.device).long()

@@ -83,14 +83,19 @@ class Curve:
         measure: Measures a policy.
         budget: What the run may use.
         parts: Another number than ten.
+        start: Tokens before which nothing is measured, but the end always is.
     """
 
     def __init__(
-        self, measure: Callable[[Policy], dict[str, float]], budget: Budget, parts: int = 10
+        self,
+        measure: Callable[[Policy], dict[str, float]],
+        budget: Budget,
+        parts: int = 10,
+        start: float = 0.0,
     ) -> None:
         self.measure, self.budget, self.parts = measure, budget, parts
         self.points: list[dict[str, float]] = []
-        self._spent, self._since, self._next = 0.0, time.perf_counter(), 0.0
+        self._spent, self._since, self._next = 0.0, time.perf_counter(), start
 
     @property
     def seconds(self) -> float:
@@ -119,14 +124,14 @@ Learner = Callable[[Any, Settings, int, Curve], None]
 
 def uniform(task: Task, settings: Settings, seed: int, curve: Curve) -> None:
     """Write words at random."""
-    curve.visit(0, task.uniform())
+    curve.visit(0, task.uniform(), last=True)
 
 
 def untouched(
     task: Task, settings: Settings, seed: int, curve: Curve, greedy: bool = False
 ) -> None:
     """Leave the language model as it is; sample from it, or take its likeliest words."""
-    curve.visit(0, task.from_lm(reference(task), greedy=greedy))
+    curve.visit(0, task.from_lm(reference(task), greedy=greedy), last=True)
 
 
 def reference(task: Task) -> CausalLMPolicy:

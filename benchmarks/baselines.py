@@ -70,7 +70,8 @@ def work(job: Job, movies: Path) -> dict[str, Any]:
     if job.task in (MOVIES, OVER_OPTIMISATION):
         from benchmarks.movies import run_movies
 
-        points = run_movies(movies, job.algorithm, job.settings, job.seed, budget)
+        tuning = job.seed == TUNING_SEED
+        points = run_movies(movies, job.algorithm, job.settings, job.seed, budget, tuning)
     else:
         from benchmarks.small_runs import run_small
 
@@ -90,6 +91,8 @@ def candidates(config: dict[str, Any]) -> Iterator[Job]:
                 told = algorithm.get(MOVIES, {"candidates": []}) if task == MOVIES else algorithm
                 for i, candidate in enumerate(told["candidates"]):
                     settings = told["settings"] | candidate
+                    if task == MOVIES:
+                        settings["task"] = config[MOVIES]
                     yield Job(task, name, TUNING_SEED, settings, **budget, candidate=i)
 
 
@@ -101,16 +104,20 @@ def grid(
         job for job in candidates(config) if chosen[job.task][job.algorithm] == job.candidate
     ]
     for task, budget in config["budgets"].items():
-        best_of = config["best_of"][-1:] if task == MOVIES else config["best_of"]  # it tells of all
+        best_of = config["best_of"]
+        if task == MOVIES:
+            best_of = [max(best_of)]  # it tells of all the others
+        settings = {"task": config[MOVIES]} if task == MOVIES else {}
         for name in ["random", "reference", "greedy", *(f"best of {n}" for n in best_of)]:
-            yield Job(task, name, 0, {}, **budget)
+            yield Job(task, name, 0, settings, **budget)
         for seed in range(seeds or config["seeds"][task]):
             yield from (replace(job, seed=seed) for job in learning if job.task == task)
-    further = config[OVER_OPTIMISATION] if MOVIES in config["budgets"] else {"betas": []}
-    for beta in further["betas"]:
+    further = config.get(OVER_OPTIMISATION, {})
+    for beta in further.get("betas", []):
         for job in learning:
             if (job.task, job.algorithm) == (MOVIES, further["algorithm"]):
-                settings = job.settings | {"beta": beta, "measurements": further["measurements"]}
+                settings = job.settings | {"measurements": further["measurements"]}
+                settings["task"] = config[MOVIES] | {"beta": beta}
                 changed = {key: further[key] for key in ("tokens", "seconds")}
                 name = f"{job.algorithm}, β = {beta:g}"
                 yield Job(OVER_OPTIMISATION, name, 0, settings, **changed)
@@ -197,8 +204,9 @@ def choose(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
         mine = best.setdefault(result["task"], {})
         other = mine.get(result["algorithm"])
         told_of_kl = result["algorithm"].startswith("Token")
-        value = "value" if "value" in result["points"][-1] else "gain"
-        measure = value if told_of_kl else "score"
+        last = result["points"][-1]
+        told, untold = ("value", "reward") if "value" in last else ("gain", "score")
+        measure = told if told_of_kl else untold
         if other is None or result["points"][-1][measure] > other["points"][-1][measure]:
             mine[result["algorithm"]] = result
     return {
@@ -227,16 +235,19 @@ def main() -> None:
         if unknown := set(names or ()) - set(config[kind]):
             sys.exit(f"expected some of {list(config[kind])}, got {sorted(unknown)}")
         config[kind] = {name: config[kind][name] for name in names or config[kind]}
+    file = given.chosen or given.config.with_name(f"{given.config.stem}-chosen.yaml")
+    known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     movies = given.out / MOVIES
     if MOVIES in config["budgets"]:
         from benchmarks.movies import prepare
 
-        prepare(movies)
-    file = given.chosen or given.config.with_name(f"{given.config.stem}-chosen.yaml")
+        config[MOVIES]["fingerprint"] = prepare(movies)
+    jobs = list(candidates(config))
+    unknown = {job.task for job in jobs if job.algorithm not in known.get(job.task, {})}
+    if unknown and not given.tune:
+        sys.exit(f"expected settings of {sorted(unknown)} in {file}: run with --tune first")
     if given.tune:
-        jobs = list(candidates(config))
         results = run(jobs, given.out / "results", given.processes, movies)
-        known = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
         for task, chosen in choose(results).items():
             known[task] = known.get(task, {}) | chosen
         text = "# Written by `python -m benchmarks.baselines --tune`: the number of each\n"
@@ -244,10 +255,7 @@ def main() -> None:
         file.write_text(text + yaml.safe_dump(known), encoding="utf-8")
         print(f"Chosen settings: {file}")
         sys.exit(len(results) < len(jobs))
-    if not file.exists():
-        sys.exit(f"expected chosen settings in {file}: run with --tune first")
-    chosen = yaml.safe_load(file.read_text(encoding="utf-8"))
-    jobs = list(grid(config, chosen, given.seeds))
+    jobs = list(grid(config, known, given.seeds))
     results = run(jobs, given.out / "results", given.processes, movies)
     from benchmarks.baselines_report import write_report
 

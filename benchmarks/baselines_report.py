@@ -26,7 +26,8 @@ OURS = ("TokenPPO", "TokenA2C", "TokenRLOO", "TokenGRPO")
 CURVES = ("DQN", "A2C", "PPO", "PPO, LM", "expert iteration", *OURS)
 """Algorithms that are drawn as they learn; more would hide one another."""
 MEASURES = {
-    "score": "score",
+    "reward": "reward",
+    "value": "reward − β·KL",
     "judge": "judge, −4 to +4",
     "lexicon": "lexicon",
     "ref_kl": "KL, nats",
@@ -49,9 +50,13 @@ def write_report(results: Results, out: Path) -> Path:
         draw_curves(small, tasks, out / "baselines.png")
         draw_summary(comparable(small, scores), out / "baselines-all.png")
     if movies:
-        parts += ["## Movie sentences", movies_table(movies), MOVIES_NOTE]
+        errors = [p["judge_error"] for r in movies for p in r["points"] if "judge_error" in p]
+        prompts = movies[0]["settings"]["task"]["n_prompts"]
+        note = MOVIES_NOTE.format(prompts=prompts, error=float(np.median(errors)))
+        parts += ["## Movie sentences", movies_table(movies), note]
     if longer:
         parts += ["## Over-optimisation", "![scores against KL](over-optimisation.png)"]
+        parts.append("One run per β; crosses are the means of the runs above.")
         draw_over_optimisation(movies, longer, out / "over-optimisation.png")
     with (out / "baselines.csv").open("w", newline="", encoding="utf-8") as file:
         rows = [{**key(r), **point} for r in results for point in r["points"]]
@@ -73,11 +78,14 @@ can have no more than about half of that gain. So *letters* is left out of the s
 tasks. `s` is the median seconds of learning, * where they ended the run."""
 
 
-MOVIES_NOTE = """Means over the seeds of what is written on the test prompts after the budget, with
-intervals as above. The score is what is learned from, by all; the judge and the lexicon are not.
-The KL to the reference is exact, per completion; of best-of-n it is log n − (n − 1)/n. Only the
-Token algorithms are told of it. `tokens` is what was generated for learning, * where the seconds
-ran out first."""
+MOVIES_NOTE = """Means over the seeds of what is written on {prompts} test prompts after the budget,
+and the lowest and highest seed in brackets. The prompts alone leave the judge a standard error of
+about {error:.2f}. The reward is what all learn from: the reward model's score, less 1 where a
+completion has no end; the judge and the lexicon are learned from by none. The KL to the reference,
+of which only the Token algorithms are told, is exact at each state, summed over a completion; of
+best-of-n it is the upper bound log n − (n − 1)/n. `over`: how often a run of TokenPPO is better
+than one of this algorithm, by the judge. `tokens` is what was generated for learning, * where the
+seconds ran out first."""
 
 
 def key(result: dict[str, Any]) -> dict[str, Any]:
@@ -131,24 +139,36 @@ def table(results: Results, scores: dict[str, dict[str, np.ndarray]]) -> str:
 
 def movies_table(results: Results) -> str:
     """Format what is written on movie sentences at the end of the runs as Markdown."""
-    lines = ["| | " + " | ".join([*MEASURES.values(), "tokens", "s"]) + " |"]
-    lines.append("|---|" + "---|" * (len(MEASURES) + 2))
-    for name in dict.fromkeys(r["algorithm"] for r in results):
-        runs = [r for r in results if r["algorithm"] == name]
-        last = [r["points"][-1] for r in runs]
+    lines = ["| | " + " | ".join([*MEASURES.values(), "over", "tokens", "s"]) + " |"]
+    lines.append("|---|" + "---|" * (len(MEASURES) + 3))
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        name, points = result["algorithm"], result["points"]
+        if name.startswith("best of "):
+            rows |= {f"best of {p['n']}": [p] for p in points if p["n"] in (4, 16, 64)}
+        else:
+            rows.setdefault(name, []).append(points[-1])
+    judged = {name: np.array([[p["judge"]] for p in last]) for name, last in rows.items()}
+    for name, last in rows.items():
         cells = [
-            interval(np.array([point[measure] for point in last]))
-            if measure in ("score", "judge")
-            else f"{np.mean([point[measure] for point in last]):.2f}"
-            if all(measure in point for point in last)
-            else ""
-            for measure in MEASURES
+            spread([p[measure] for p in last]) if measure in last[0] else "" for measure in MEASURES
         ]
-        stopped = any(0 < p["tokens"] < r["tokens"] for p, r in zip(last, runs, strict=True))
-        cells.append(f"{np.median([p['tokens'] for p in last]):.0f}" + "*" * stopped)
+        over = ""
+        if name != "TokenPPO" and "TokenPPO" in judged:
+            over = f"{probability_of_improvement(judged['TokenPPO'], judged[name]):.2f}"
+        budget = next(r["tokens"] for r in results)
+        stopped = any(0 < p["tokens"] < budget for p in last)
+        cells += [over, f"{np.median([p['tokens'] for p in last]):.0f}" + "*" * stopped]
         cells.append(f"{np.median([p['seconds'] for p in last]):.0f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Format the mean of a few runs, and the lowest and the highest."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{np.mean(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
 
 def interval(gains: np.ndarray) -> str:
@@ -248,9 +268,12 @@ def draw_over_optimisation(movies: Results, longer: Results, path: Path) -> None
     """Draw score, judge and lexicon against the KL: as runs go on, and for the best of n."""
     figure, axes = plt.subplots(1, 3, figsize=(12.6, 4.4), layout="constrained")
     best_of = [r["points"] for r in movies if r["algorithm"].startswith("best of ")]
-    ends = {r["algorithm"]: r["points"][-1] for r in movies if len(r["points"]) > 1}
+    ended: dict[str, list[dict[str, float]]] = {}
+    for result in movies:
+        if result["points"][-1]["tokens"] > 0:
+            ended.setdefault(result["algorithm"], []).append(result["points"][-1])
     colours = plt.colormaps["viridis"](np.linspace(0, 0.85, len(longer)))
-    for axis, measure in zip(axes, ("score", "judge", "lexicon"), strict=True):
+    for axis, measure in zip(axes, ("reward", "judge", "lexicon"), strict=True):
         for result, colour in zip(longer, colours, strict=True):
             points = result["points"]
             x, y = (
@@ -261,9 +284,10 @@ def draw_over_optimisation(movies: Results, longer: Results, path: Path) -> None
         for points in best_of:
             x, y = ([p[m] for p in points] for m in ("ref_kl", measure))
             axis.plot(x, y, "k.:", label=f"best of 1 to {points[-1]['n']}")
-        for name, point in ends.items():
-            axis.plot(point["ref_kl"], point[measure], "x", color="#8a93a0")
-            axis.annotate(name, (point["ref_kl"], point[measure]), fontsize=7, color="#5a6370")
+        for name, last in ended.items():
+            place = tuple(float(np.mean([p[m] for p in last])) for m in ("ref_kl", measure))
+            axis.plot(*place, "x", color="#8a93a0")
+            axis.annotate(name, place, fontsize=7, color="#5a6370")
         axis.set_xscale("function", functions=(np.sqrt, np.square))
         axis.set(xlabel="KL to the reference, nats per completion (√ scale)", title=TITLES[measure])
         axis.spines[["top", "right"]].set_visible(False)
@@ -274,7 +298,7 @@ def draw_over_optimisation(movies: Results, longer: Results, path: Path) -> None
 
 
 TITLES = {
-    "score": "the score that is learned from",
+    "reward": "the reward that is learned from",
     "judge": "the judge, never learned from",
     "lexicon": "sentiment words",
 }

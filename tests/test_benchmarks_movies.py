@@ -94,7 +94,7 @@ def test_the_reference_has_no_kl_and_greedy_is_greedy(task) -> None:
     warm = reference(task)
     assert [e["ref_kl"] for e in task.from_lm(warm)()] == pytest.approx([0.0] * 4, abs=1e-4)
     greedy = task.from_lm(warm, greedy=True)()
-    same = task.write(lambda obs, log_ref: np.eye(V)[log_ref.argmax(axis=1)])
+    same = task.write(lambda obs, masks, log_ref: np.eye(V)[log_ref.argmax(axis=1)])
     assert [e["completion"] for e in greedy] == [e["completion"] for e in same]
     assert [e["ref_kl"] for e in greedy] == pytest.approx([e["ref_kl"] for e in same], abs=1e-3)
 
@@ -106,14 +106,15 @@ def test_the_chance_to_be_the_best_by_hand() -> None:
 
 
 def test_best_of_n_rises_with_n_and_has_the_known_kl(task) -> None:
-    one, two, four = task.best_of(4, copies=2)
-    assert one["score"] < two["score"] < four["score"] and one["ref_kl"] == 0
+    one, two, three = task.best_of(3, copies=2)
+    assert one["reward"] < two["reward"] < three["reward"] and one["ref_kl"] == 0
     assert two["ref_kl"] == pytest.approx(np.log(2) - 0.5)
 
 
 @pytest.mark.parametrize("name", sorted(TOLD))
 def test_each_algorithm_runs_as_configured(task, folder, name) -> None:
     settings = TOLD[name]["settings"] | TOLD[name]["candidates"][0] | {"measurements": 1}
+    settings["task"] = {"n_prompts": 3, "fingerprint": "x"}
     points = run_movies(folder, name, settings, 0, Budget(600, 60))
     assert points[0]["tokens"] == 0 and points[-1]["tokens"] >= 600
     assert all(np.isfinite(list(point.values())).all() for point in points)
@@ -121,27 +122,47 @@ def test_each_algorithm_runs_as_configured(task, folder, name) -> None:
 
 def test_the_time_is_kept_within_a_rollout(task, folder) -> None:
     settings = TOLD["TokenPPO"]["settings"] | TOLD["TokenPPO"]["candidates"][0]
-    points = run_movies(folder, "TokenPPO, β = 0.1", {**settings, "beta": 0.1}, 0, Budget(10**6, 1))
-    assert points[-1]["tokens"] < 10**5
-    last = points[-1]
-    assert last["value"] == pytest.approx(last["score"] - 0.1 * last["ref_kl"])
+    settings["task"] = {"beta": 0.1}
+    (last,) = run_movies(folder, "TokenPPO, β = 0.1", settings, 0, Budget(10**6, 1))
+    assert last["tokens"] < 10**5
+    assert last["value"] == pytest.approx(last["reward"] - 0.1 * last["ref_kl"])
+
+
+def test_a_seed_gives_a_run_whatever_came_before_and_however_often_it_is_measured(
+    task, folder
+) -> None:
+    settings = TOLD["TokenPPO"]["settings"] | TOLD["TokenPPO"]["candidates"][0]
+    once = run_movies(folder, "TokenPPO", settings, 0, Budget(3000, 60))
+    th.rand(7)
+    often = run_movies(folder, "TokenPPO", settings | {"measurements": 3}, 0, Budget(3000, 60))
+    assert len(once) == 1 and len(often) > 3
+    assert {**often[-1], "seconds": 0} == pytest.approx({**once[-1], "seconds": 0}, abs=1e-6)
+
+
+def test_settings_are_chosen_on_other_prompts(folder) -> None:
+    tests = [Movies(folder, n_prompts=2, tuning=tuning).test_prompts for tuning in (False, True)]
+    assert [[p["prompt"] for p in prompts] for prompts in tests] == [["e>", "fa>"], ["b>", "c>"]]
+
+
+def test_no_end_costs_one(task) -> None:
+    """With a budget of six tokens, before which there is no end, every completion pays."""
+    task.max_new_tokens = task._texts["max_new_tokens"] = 6
+    found = task.measure(task.uniform())
+    assert found["reward"] == pytest.approx(found["score"] - 1)
 
 
 def test_the_report_shows_movies_and_over_optimisation(tmp_path) -> None:
     """Jobs as configured, results as they might be."""
-    on_movies = {"budgets": {MOVIES: CONFIGURED["budgets"][MOVIES]}}
-    config = CONFIGURED | on_movies
+    config = CONFIGURED | {"budgets": {MOVIES: CONFIGURED["budgets"][MOVIES]}}
     chosen = {MOVIES: dict.fromkeys(TOLD, 1)}
     jobs = list(grid(config, chosen))
-    assert sum(job.task == OVER_OPTIMISATION for job in jobs) == 4
+    assert sum(job.task == OVER_OPTIMISATION for job in jobs) == 3
     assert len(list(candidates(config))) == 2 * len(TOLD)
-    point = {"score": 1.0, "judge": 2.0, "lexicon": 0.1, "ref_kl": 3.0, "distinct_2": 0.5}
-    found = [
-        {**job.__dict__, "points": [{"tokens": t, "seconds": 2.0, "n": 1, **point} for t in (0, 9)]}
-        for job in jobs
-    ]
+    point = {"reward": 1.0, "value": 0.9, "judge": 2.0, "judge_error": 0.2}
+    point |= {"lexicon": 0.1, "ref_kl": 3.0, "distinct_2": 0.5, "n": 4, "seconds": 2.0}
+    found = [{**job.__dict__, "points": [{"tokens": t, **point} for t in (0, 9)]} for job in jobs]
     text = write_report(found, tmp_path).read_text()
-    assert (
-        "| TokenPPO | 1.00 [1.00, 1.00] | 2.00 [2.00, 2.00] | 0.10 | 3.00 | 0.50 | 9* | 2 |" in text
-    )
+    one, two = "1.00 [1.00, 1.00]", "0.90 [0.90, 0.90]"
+    assert f"| TokenPPO | {one} | {two} | 2.00 [2.00, 2.00] |" in text and "| 9* | 2 |" in text
+    assert "| best of 4 | 1.00 | 0.90 | 2.00 |" in text and "error of\nabout 0.20" in text
     assert (tmp_path / "over-optimisation.png").stat().st_size > 10_000

@@ -929,10 +929,7 @@ def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None
                 f"python train.py annotate --run {here.parent}; then call the loop again"
             )
             return None
-        tests = {row["prompt"] for row in load_prompts(settings.evaluate.prompts or source)}
-        tests -= {row["prompt"] for row in load_prompts(source)}
-        learned = store.export("comparison")  # what `compare --ask` asked is among them
-        return write_feedback(records, (r for r in learned if r.prompt not in tests))
+        return write_feedback(records, store.export("comparison"))
 
 
 def prepare_loop(common: Common, settings: Loop) -> str:

@@ -193,7 +193,7 @@ class PPO:
 
 @dataclass(kw_only=True)
 class Writing:
-    """How completions are written; what is not given is as the run's policy was trained."""
+    """How completions are written; what is not given is as the policy was trained."""
 
     vocabulary: Path | None = None
     """Texts whose tokens are all that may be written with."""
@@ -268,7 +268,7 @@ class Annotate(Writing):
     terminal: bool = False
     """Ask here, not on a page."""
     annotator: str | None = None
-    """Who answers at the terminal, or whom an account on the page is made for."""
+    """Who answers at the terminal. None: the user who is logged in."""
     host: str = "127.0.0.1"
     """Address of the page; others than this machine's own are reachable from outside."""
     port: int = 8000
@@ -281,6 +281,16 @@ class Annotate(Writing):
     """TLS certificate of the page; without it passwords cross a network in the clear."""
     key: Path | None = None
     """Its key."""
+
+
+@dataclass
+class SignIn:
+    """An account for the page, or a new password for it; the page may be running."""
+
+    name: str
+    """To sign in with. Answers know the person by a pseudonym."""
+    store: Path | None = None
+    """Where it goes. None: the run's feedback.sqlite."""
 
 
 @dataclass
@@ -334,7 +344,7 @@ class Compare(Writing):
     ask: bool = False
     """Ask people too: the pairs become tasks for `annotate`, and their answers are counted."""
     store: Path | None = None
-    """Where these tasks and answers are. None: the run's feedback.sqlite."""
+    """Where these tasks and answers are. None: the run's compare.sqlite."""
 
 
 @dataclass
@@ -670,11 +680,8 @@ def annotate(common: Common, settings: Annotate) -> None:
             account = accounts.find(here) or accounts.create(here)
             ask_here(store, account.pseudonym)
             return
-        name = settings.annotator
-        if name is None and not accounts.anybody_can_sign_in():
-            name = ask("Nobody can sign in yet. A name to do it with: ")
-        if name is not None:
-            set_up_account(accounts, name)
+        if not accounts.anybody_can_sign_in():
+            set_up_account(accounts, ask("Nobody can sign in yet. A name to do it with: "))
         scheme = "http" if settings.certificate is None else "https"
         say(f"Annotate at {scheme}://{settings.host}:{settings.port}/ (Ctrl-C ends it)")
         serve(
@@ -710,12 +717,11 @@ def tasks_to_ask(common: Common, settings: Annotate) -> "list[Task]":
         tasks = tasks_from_jsonl(settings.tasks, settings.kind)
     else:
         set_up(common)
-        folder = folder_of(common)
-        settings = as_in_ppo(folder, settings)
-        policy = settings.policy
+        folder, policy = folder_of(common), settings.policy
         if policy is None:
             trained = folder / "policy"
             policy = str(trained if trained.exists() else left_by("sft", folder / "sft"))
+        settings = as_in_ppo(Path(policy).parent, settings)
         prompts = some_prompts(
             load_prompts(settings.prompts or data(common) / "prompts.jsonl"),
             settings.n_prompts,
@@ -761,6 +767,16 @@ def store_file(common: Common, given: Path | None, there: bool = False) -> Path:
     return file
 
 
+def make_account(common: Common, settings: SignIn) -> None:
+    """Let somebody sign in on the page; asks for the password."""
+    from reward_models.feedback import Accounts
+    from reward_models.feedback.web import set_up_account
+
+    with Accounts(store_file(common, settings.store)) as accounts:
+        account = set_up_account(accounts, settings.name)
+    say(f"{account.name} can sign in; answers will know them as {account.pseudonym}")
+
+
 def import_answers(common: Common, settings: Import) -> None:
     """Take up answers from a file: records (.jsonl) or ratings (.csv)."""
     from reward_models.feedback import FeedbackStore, read_feedback, read_ratings_csv
@@ -787,11 +803,19 @@ def export_answers(common: Common, settings: Export) -> None:
 
 
 def forget(common: Common, settings: Forget) -> None:
-    """Erase one person's answers, name and password."""
-    from reward_models.feedback import FeedbackStore
+    """Erase one person's answers, name and password, in the files of a loop's rounds too."""
+    from reward_models.feedback import Accounts, FeedbackStore, read_feedback, write_feedback
 
-    with FeedbackStore(store_file(common, settings.store, there=True)) as store:
+    file = store_file(common, settings.store, there=True)
+    with FeedbackStore(file) as store, Accounts(file) as accounts:
+        account = accounts.find(settings.name)
+        pseudonym = settings.name if account is None else account.pseudonym
         say(f"{store.forget(settings.name)} answers erased")
+    for written in sorted(folder_of(common).glob("round-*/feedback.jsonl")):
+        records = read_feedback(written)
+        kept = [record for record in records if record.annotator != pseudonym]
+        if len(kept) < len(records):
+            say(f"{len(records) - len(kept)} of them were in {write_feedback(written, kept)} too")
 
 
 def compare(common: Common, settings: Compare) -> None:
@@ -806,7 +830,7 @@ def compare(common: Common, settings: Compare) -> None:
 
     set_up(common)
     folder, policies = folder_of(common), (settings.first, settings.second)
-    settings = as_in_ppo(folder, settings)
+    settings = as_in_ppo(Path(settings.first).parent, settings)
     prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
     prompts = some_prompts(prompts, settings.n_prompts, common.seed)
     mine, theirs = (samples_of(common, settings, lm, prompts, 1) for lm in policies)
@@ -819,11 +843,11 @@ def compare(common: Common, settings: Compare) -> None:
             one, two = (model.score(asked, texts) for texts in sides)
             wins = float(np.sum(one > two) + 0.5 * np.sum(one == two))
             found[name] = [*share_interval(wins, len(asked)), len(asked)]
-    file = store_file(common, settings.store)
+    file = settings.store or folder / "compare.sqlite"  # nothing is learned from these answers
     if settings.ask:
         with FeedbackStore(file, common.seed) as store:
             new = store.add(tasks_side_by_side(mine, theirs, policies))
-        say(f"{new} new tasks: python train.py annotate --run {folder}")
+        say(f"{new} new tasks: python train.py annotate --run {folder} --store {file}")
     if file.exists():
         with FeedbackStore(file) as store:
             rates = {(r.origin, r.against): list(r.rate) for r in win_rates(store.answers())}
@@ -1322,7 +1346,7 @@ WritingT = TypeVar("WritingT", bound=Writing)
 
 
 def as_in_ppo(folder: Path, settings: WritingT) -> WritingT:
-    """Fill in how the run's policy was trained to write, where the settings leave it open."""
+    """Fill in how the policy of a run was trained to write, where the settings leave it open."""
     file = folder / "stages" / "ppo.json"
     written = json.loads(file.read_text(encoding="utf-8"))["writing"] if file.exists() else {}
     fallback = {"max_new_tokens": 48, "min_new_tokens": 0, "temperature": 1.0, "vocabulary": None}
@@ -1734,6 +1758,7 @@ STAGES: dict[str, tuple[Callable[..., None], type]] = {
     "ppo": (ppo, PPO),
     "evaluate": (evaluate, Evaluate),
     "annotate": (annotate, Annotate),
+    "feedback account": (make_account, SignIn),
     "feedback import": (import_answers, Import),
     "feedback export": (export_answers, Export),
     "feedback forget": (forget, Forget),
@@ -1789,7 +1814,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             common.run = run_folder(common, name)
             refuse_to_replace(common, name)
         if name in ("run", "loop"):
-            save_config(common, "config.yaml", chosen)
+            save_config(common, "config.yaml" if name == "run" else "config-loop.yaml", chosen)
         if name in ("run", "ppo"):
             function(common, settings)
         else:

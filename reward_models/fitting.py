@@ -42,10 +42,11 @@ def split(
     if isinstance(eval_feedback, int | float):
         if not 0 < eval_feedback < 1:
             raise ValueError(f"expected a fraction between 0 and 1, got {eval_feedback}")
-        texts = sorted({record.texts[0] for record in feedback})
-        drawn = set(random.Random(seed).sample(texts, math.ceil(eval_feedback * len(texts))))
-        held_out = [record for record in feedback if record.texts[0] in drawn]
-        rest = [record for record in feedback if record.texts[0] not in drawn]
+        item = {id(record): min(record.texts) for record in feedback}  # a pair's, whoever won
+        items = sorted(set(item.values()))
+        drawn = set(random.Random(seed).sample(items, math.ceil(eval_feedback * len(items))))
+        held_out = [record for record in feedback if item[id(record)] in drawn]
+        rest = [record for record in feedback if item[id(record)] not in drawn]
     else:
         held_out, rest = list(eval_feedback), list(feedback)
     unseen = {text for record in held_out for text in record.texts}

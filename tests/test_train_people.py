@@ -103,12 +103,12 @@ def test_the_page_is_served_and_ends_with_ctrl_c(run, own) -> None:  # noqa: F81
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    line = f"train.py annotate --run {run} --tasks {run}/tasks.jsonl --port {port} --annotator ann"
+    line = f"train.py annotate --run {run} --tasks {run}/tasks.jsonl --port {port}"
     server = subprocess.Popen(
         [sys.executable, *line.split()], cwd=ROOT, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    server.stdin.write("a long password\na long password\n")
+    server.stdin.write("ann\na long password\na long password\n")
     server.stdin.close()
     page = ""
     for _ in range(300):

@@ -131,9 +131,10 @@ def test_compare_says_who_wins_and_asks_people_too(run, own, capsys) -> None:  #
     assert command(line + " --ask true", run) == 0
     said = capsys.readouterr().out
     assert "judge: " in said and "reward_model: " in said and "new tasks" in said
-    with FeedbackStore(run / "feedback.sqlite") as store:
-        while (asked := store.next_task("ann")) is not None:
-            store.answer(asked.id, "ann", "right" if asked.swapped else "left")  # the first
+    with FeedbackStore(run / "compare.sqlite") as store:
+        while (asked := store.next_task("ann")) is not None:  # always for the first policy
+            second = asked.task.origins.index(f"{run}/policy") == 1
+            store.answer(asked.id, "ann", "right" if second != asked.swapped else "left")
     assert command(line, run) == 0
     found = json.loads((run / "compare.json").read_text())["win_rate"]
     assert found["people"][0] == 1

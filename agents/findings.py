@@ -77,6 +77,9 @@ class Limits:
     """Share of repeated 3-grams. Human sentences have some 0.02, and samples vary as little."""
     duplicates_rise: float = 0.1
     """Share of completions that another row wrote too."""
+    short_answer: float = 10.0
+    """Tokens. Shorter completions whose score rises may come to be certain and of one length: that
+    is how a small task is solved."""
     length_share: float = 0.98
     """Share of completions that ran out of tokens, for "all"."""
     length_factor: float = 1.6
@@ -253,16 +256,19 @@ def _not_worth(seen: Seen, limits: Limits) -> str | None:
 def clip_fraction_high(seen: Seen, limits: Limits) -> Found:
     """Updates are so large that many tokens leave the clip range."""
     (clipped,) = columns(seen.updates, "clip_fraction")
-    if len(clipped) < limits.window or (mean := clipped[-limits.window :].mean()) <= limits.clip_high:
+    if (
+        len(clipped) < limits.window
+        or (mean := clipped[-limits.window :].mean()) <= limits.clip_high
+    ):
         return None
     return mean, f"{mean:.0%} of the tokens left the clip range in the last updates"
 
 
 def clip_fraction_zero(seen: Seen, limits: Limits) -> Found:
     """Updates do next to nothing."""
-    clipped, moved, several = columns(
-        seen.updates, "clip_fraction", "approx_kl", "several_steps"
-    )[:, -2 * limits.window :]
+    clipped, moved, several = columns(seen.updates, "clip_fraction", "approx_kl", "several_steps")[
+        :, -2 * limits.window :
+    ]
     if len(clipped) < 2 * limits.window or clipped.any() or not several.all():
         return None
     mean = float(np.abs(moved).mean())
@@ -274,10 +280,19 @@ def clip_fraction_zero(seen: Seen, limits: Limits) -> Found:
     )
 
 
+def solves_a_small_task(seen: Seen, limits: Limits) -> bool:
+    """Say whether completions are short answers that score better and better."""
+    length, score, deviation = columns(seen.episodes, "length", "score", "score_sd")
+    short = len(length) > 0 and length[-1] < limits.short_answer
+    return bool(short) and score_rises(score, deviation, limits)
+
+
 def entropy_collapse(seen: Seen, limits: Limits) -> Found:
     """The policy is all but certain of every token."""
     means = ends(columns(seen.updates, "entropy")[0], limits.window)
     if means is None or means[1] >= min(limits.entropy, limits.entropy_share * means[0]):
+        return None
+    if solves_a_small_task(seen, limits):
         return None
     return means[1], f"the entropy fell from {means[0]:.2f} to {means[1]:.3f} nats per token"
 
@@ -319,7 +334,7 @@ def eos_gone(seen: Seen, limits: Limits) -> Found:
     if len(ran_out) < limits.window:
         return None
     share = ran_out[-limits.window :].mean()
-    if share < limits.length_share:
+    if share < limits.length_share or solves_a_small_task(seen, limits):
         return None
     before = ran_out[: limits.window].mean()
     return share, (

@@ -150,7 +150,8 @@ class DoctorCallback(BaseCallback):
         if getattr(self.model, "vf_coef", 0) == 0:
             row.pop("explained_variance", None)
         if not getattr(self.model.policy, "value_only", False):
-            row["several_steps"] = float(takes_several_steps(self.model))
+            written = self.seen.rollouts[-1].get("n_tokens") if self.seen.rollouts else None
+            row["several_steps"] = float(takes_several_steps(self.model, written))
         self.seen.updates.append(row)
         return True
 
@@ -231,14 +232,20 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and bool(np.isfinite(value))
 
 
-def takes_several_steps(model: BaseAlgorithm) -> bool:
-    """Say whether the policy takes more than one step per rollout; else all ratios are 1."""
+def takes_several_steps(model: BaseAlgorithm, n_tokens: float | None = None) -> bool:
+    """Say whether the policy takes more than one step per rollout; else all ratios are 1.
+
+    Args:
+        model: The algorithm.
+        n_tokens: Tokens of its rollout; None: as many as the buffer has places for.
+    """
     epochs, batch_size = getattr(model, "n_epochs", 1), getattr(model, "batch_size", None)
     buffer = getattr(model, "rollout_buffer", None)
     if batch_size is None or buffer is None:
         return epochs > 1
-    n_tokens = getattr(buffer, "n_tokens", buffer.buffer_size * buffer.n_envs)
-    return epochs * -(-n_tokens // batch_size) > 1
+    if n_tokens is None:
+        n_tokens = buffer.buffer_size * buffer.n_envs
+    return epochs * n_tokens > batch_size
 
 
 @th.no_grad()

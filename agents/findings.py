@@ -357,11 +357,17 @@ def length_drift(seen: Seen, limits: Limits) -> Found:
 
 def explained_variance(seen: Seen, limits: Limits) -> Found:
     """Values predict returns worse than a constant."""
-    means = ends(columns(seen.updates, "explained_variance")[0], limits.window)
-    if means is None or not means[1] < limits.explained_variance:
+    (explained,) = columns(seen.updates, "explained_variance")
+    if len(explained) < 2 * limits.window:
         return None
-    return means[1], (
-        f"the explained variance is {means[1]:.2f} in the last updates: the value predicts worse "
+    spread = ends(columns(seen.episodes, "score_sd")[0], limits.window)
+    if spread is not None and spread[1] < 0.25 * spread[0]:
+        return None  # where returns hardly differ, there is little to explain
+    typical = float(np.median(explained[-limits.window :]))  # one rollout may be far below 0
+    if not typical < limits.explained_variance:
+        return None
+    return typical, (
+        f"the explained variance is {typical:.2f} in the last updates: the value predicts worse "
         "than a constant would"
     )
 
@@ -395,6 +401,8 @@ def constant_score(seen: Seen, limits: Limits) -> Found:
     """All completions score the same."""
     (deviation,) = columns(seen.episodes, "score_sd")
     if len(deviation) < limits.window or deviation[-limits.window :].any():
+        return None
+    if solves_a_small_task(seen, limits):
         return None
     return 0.0, "all completions of the last rollouts scored the same: there is nothing to learn"
 

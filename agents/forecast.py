@@ -6,8 +6,8 @@ What is counted is the agent's: the reward model, Python and its libraries come 
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch as th
@@ -22,8 +22,7 @@ from agents.sequences import PAD
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """What a few tokens took.
 
     Attributes:

@@ -727,8 +727,8 @@ def verdicts(common: Common, settings: Check) -> "Iterator[Verdict]":
     try:
         env, policy, columns = to_be_checked(common, settings, lm, tokenizer)
     except (ValueError, OSError, RuntimeError) as error:
-        yield checks.Verdict("model", "wrong", " ".join(str(error).split()))
-        yield checks.Verdict("all else", "look", "not checked: it needs a model that can be used")
+        yield checks.Verdict("set-up", "wrong", " ".join(str(error).split()))
+        yield checks.Verdict("all else", "look", "not checked: it needs a run that can be set up")
         return
     try:
         samples = yield from verdicts_of_policy(settings, env, policy)

@@ -106,6 +106,7 @@ class DoctorCallback(BaseCallback):
         self._stopping = False
         if self.num_timesteps < self._last_timesteps:  # another run: its start is another one
             self._forget()
+            self._n_updates = self._updates_logged()
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
@@ -133,6 +134,10 @@ class DoctorCallback(BaseCallback):
         log = self.logger.name_to_value
         return {name: float(log[key]) for name, key in keys.items() if is_number(log.get(key))}
 
+    def _updates_logged(self) -> int:
+        """Return what the log counts updates at; -1 if it does not say, as after `dump`."""
+        return int(self._logged(n="train/n_updates").get("n", -1))
+
     def _look_at_update(self) -> bool:
         """Note what the last update logged; return whether there was one since."""
         row = self._logged(
@@ -140,10 +145,10 @@ class DoctorCallback(BaseCallback):
             clip_fraction="train/clip_fraction",
             explained_variance="train/explained_variance",
         )
-        n_updates = self._logged(n="train/n_updates").get("n", -1)
-        if n_updates == self._n_updates:
+        n_updates = self._updates_logged()
+        if n_updates in (-1, self._n_updates):
             return False
-        self._n_updates = int(n_updates)
+        self._n_updates = n_updates
         entropy = self._logged(entropy="train/entropy_loss")
         if entropy:
             row["entropy"] = -entropy["entropy"]

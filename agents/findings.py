@@ -132,9 +132,11 @@ def columns(rows: Rows, *keys: str) -> np.ndarray:
 
 def rank_correlation(values: np.ndarray, at_most: int = 30) -> float:
     """Return Spearman's correlation of a series (n,) with time, of at most so many block means."""
+    if len(values) < 2:
+        return 0.0
     blocks = np.array([part.mean() for part in np.array_split(values, min(len(values), at_most))])
     ranks = rankdata(blocks)
-    if len(blocks) < 2 or ranks.std() == 0:
+    if ranks.std() == 0:
         return 0.0
     return float(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1])
 

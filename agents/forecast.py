@@ -84,8 +84,8 @@ def measure_update(policy: CausalLMPolicy, walked: Sequence[Walked]) -> tuple[fl
     with th.enable_grad(), th.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         values, log_prob, entropy = policy.evaluate(batch, actions)
         loss = values.mean() - log_prob.mean() - 0.01 * entropy.mean()
-        if loss.requires_grad:
-            loss.backward()
+    if loss.requires_grad:
+        loss.backward()
     seconds = time.perf_counter() - start
     policy.optimizer.zero_grad(set_to_none=True)
     positions = int((batch.ids != PAD).sum())

@@ -21,6 +21,9 @@ SINGLY = 16
 """Texts that are scored one by one."""
 
 
+NOT_FINITE = "not checked: it needs finite scores"
+
+
 def scores_of(
     reward_fn: RewardFn, prompts: Sequence[str], completions: Sequence[str], columns: Columns
 ) -> np.ndarray:
@@ -85,6 +88,8 @@ def check_batch(
     everyone = list(range(len(completions)))
     some = everyone[:: max(1, len(everyone) // SINGLY)][:SINGLY]
     together = scored(everyone)
+    if not np.isfinite(together).all():
+        return Verdict(name, "look", NOT_FINITE)
     spread = max(float(together.std()), 1e-3 * float(np.abs(together).max()), 1e-9)
     ways = {
         "asked twice": scored(everyone) - together,
@@ -120,6 +125,8 @@ def check_spread(
     """Different completions get different scores, those of one prompt too."""
     name = "reward spread"
     scores = scores_of(reward_fn, prompts, completions, columns)
+    if not np.isfinite(scores).all():
+        return Verdict(name, "look", NOT_FINITE)
     n, total = len(scores), float(scores.std())
     values, counts = np.unique(scores, return_counts=True)
     figures = {"mean": float(scores.mean()), "sd": total, "distinct": float(len(values))}

@@ -260,6 +260,12 @@ def test_a_reward_to_look_at() -> None:
     assert rare.level == "look" and "19 of 20 score 0 exactly" in rare.said
 
 
+def test_without_finite_scores_the_rest_is_not_checked() -> None:
+    for which in ("batch", "spread"):
+        found = REWARD_CHECKS[which](REWARDS["NaN"][0], ASKED, TEXTS, {})
+        assert found.level == "look" and "needs finite scores" in found.said
+
+
 def test_columns_come_along_in_their_order() -> None:
     def reward(prompts, completions, wanted):
         return [float(w in c) for c, w in zip(completions, wanted, strict=True)]

@@ -60,15 +60,13 @@ def test_good_parts_pass(own, capsys) -> None:
 def test_broken_parts_are_named_and_the_exit_code_is_1(own, capsys) -> None:
     code, verdicts = found(own, "--reward rewards_of_mine:nan --min_new_tokens 12")
     wrong = {name for name, v in verdicts.items() if v["level"] == "wrong"}
-    assert code == 1 and {"reward finite", "ending"} <= wrong <= {
-        "reward finite", "reward in batches", "reward spread", "ending"
-    }  # fmt: skip
+    assert code == 1 and wrong == {"reward finite", "ending"}
     tiny_gpt2(8).save_pretrained(own / "small")
     code, verdicts = found(own, "--model small --tokenizer lm")
     assert code == 1 and "has 9 tokens, the model 8" in verdicts["vocabulary"]["said"]
     assert verdicts["all else"]["level"] == "look"
     code, verdicts = found(own, "--max_new_tokens 200")
-    assert code == 1 and "has positions for" in verdicts["model"]["said"]
+    assert code == 1 and "has positions for" in verdicts["set-up"]["said"]
     code, verdicts = found(own, "--reward rewards_of_mine:missing")
     assert code == 1 and "cannot be loaded" in verdicts["reward"]["said"]
 

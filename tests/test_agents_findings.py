@@ -158,7 +158,7 @@ CASES: dict[str, tuple[Seen, str, float, list[Seen]]] = {
         ],
     ),
     "judge_falls": (
-        # best (1.1 + 1.2 + 1.2) / 3, last 0.8; the noise: 3 · 0.1 / 0.954 · √(2/3) = 0.26
+        # best (1.1 + 1.2 + 1.2) / 3, last 0.8; the noise: 4 · 0.1 / 0.954 · √(2/3) = 0.34
         Seen(episodes=rows(judge=PEAK, score=list(np.arange(9) * 0.3), score_sd=1.0)),
         "from 1.17 to 0.80, while the score rose by 1.50 to 2.10",
         1.1666667 - 0.8,

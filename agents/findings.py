@@ -86,7 +86,7 @@ class Limits:
     """Of the mean length, up or down. Scores that like longer text move it by a third early on."""
     explained_variance: float = -0.1
     """Below 0 a constant would predict better; a value head begins at 0 and wavers by 0.05."""
-    judge_noise: float = 4.0
+    judge_noise: float = 5.0
     """Standard errors that the judge has to fall below its best, which is high by chance, too; they
     are estimated from its changes between rows."""
 

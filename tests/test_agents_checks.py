@@ -109,10 +109,15 @@ def test_a_cache_with_wrong_positions_is_named(make_lm, monkeypatch) -> None:
 
 
 def test_an_ignored_attention_mask_and_looking_ahead_are_named(make_lm, monkeypatch) -> None:
+    def attend_to_all(call, arguments):
+        if (mask := arguments.get("attention_mask")) is not None:
+            arguments["attention_mask"] = th.ones_like(mask)
+        return call(**arguments)
+
     policy = make_policy(louder(make_lm(9)))
     sequences = walked(policy)
     with monkeypatch.context() as patch:
-        broken(patch, BODIES[make_lm], lambda call, a: call(**{**a, "attention_mask": None}))
+        broken(patch, BODIES[make_lm], attend_to_all)
         found = checks.check_padding(policy, sequences)
         assert found.level == "wrong" and "padded to the left" in found.said
 

@@ -172,7 +172,7 @@ def test_the_judge_is_read_and_few_episodes_wait_for_more() -> None:
 
 
 def test_its_state_is_json_and_a_new_run_begins_anew() -> None:
-    model, doctor = make_model(num_envs=8, learning_rate=0.0, env={"min_new_tokens": 6}), None
+    model = make_model(num_envs=8, learning_rate=0.0, env={"min_new_tokens": 6})
     doctor = DoctorCallback()
     model.learn(8 * 16 * 4, callback=doctor)
     state = json.loads(json.dumps(doctor.get_state()))
@@ -180,7 +180,8 @@ def test_its_state_is_json_and_a_new_run_begins_anew() -> None:
     again.set_state(state)
     assert again.seen == doctor.seen and again.findings == doctor.findings != []
     model.learn(8 * 16 * 2, callback=again, reset_num_timesteps=False)
-    assert len(again.seen.updates) == 6 and len(again.findings) == 1
+    assert len(again.seen.updates) == 6  # which is enough to see that none of them did anything
+    assert [f.name for f in again.findings] == ["eos_gone", "clip_fraction_zero"]
     model.learn(8 * 16, callback=again)  # counts from 0
     assert len(again.seen.updates) == 1 and again.findings == []
 

@@ -735,6 +735,7 @@ def verdicts(common: Common, settings: Check) -> "Iterator[Verdict]":
     except Exception as error:  # whatever a user's model does
         reason = " ".join(str(error).split())
         yield checks.Verdict("model", "wrong", f"it cannot write: {type(error).__name__}: {reason}")
+        yield checks.Verdict("all else", "look", "not checked: it needs a model that can write")
         return
     yield from verdicts_of_reward(common, settings, samples, columns)
 

@@ -80,7 +80,7 @@ class DoctorCallback(BaseCallback):
         self.findings: list[Finding] = []
         self.seen = Seen()
         self._n_updates = -1
-        self._waiting: list[dict[str, float]] = []  # of episodes too few to be judged
+        self._waiting: list[dict[str, Any]] = []  # of episodes too few to be judged
         self._judged: list[float] = []
 
     def get_state(self) -> dict[str, Any]:
@@ -89,8 +89,8 @@ class DoctorCallback(BaseCallback):
             "seen": asdict(self.seen),
             "findings": [asdict(finding) for finding in self.findings],
             "n_updates": self._n_updates,
-            "waiting": self._waiting,
-            "judged": self._judged,
+            "waiting": list(self._waiting),
+            "judged": list(self._judged),
             "last_timesteps": self._last_timesteps,
         }
 
@@ -154,9 +154,9 @@ class DoctorCallback(BaseCallback):
             row["entropy"] = -entropy["entropy"]
         if getattr(self.model, "vf_coef", 0) == 0:
             row.pop("explained_variance", None)
-        if not getattr(self.model.policy, "value_only", False):
-            written = self.seen.rollouts[-1].get("n_tokens") if self.seen.rollouts else None
-            row["several_steps"] = float(takes_several_steps(self.model, written))
+        rollout = self.seen.rollouts[-1] if self.seen.rollouts else {}
+        if not rollout.get("value_only"):
+            row["several_steps"] = float(takes_several_steps(self.model, rollout.get("n_tokens")))
         self.seen.updates.append(row)
         return True
 
@@ -170,6 +170,7 @@ class DoctorCallback(BaseCallback):
         buffer = getattr(self.model, "rollout_buffer", None)
         if isinstance(buffer, TokenRolloutBuffer):
             row["n_tokens"] = float(buffer.n_tokens)
+        row["value_only"] = float(getattr(self.model.policy, "value_only", False))
         probed = ratio_error(self.model)
         if probed is not None:
             row["ratio_error"], row["ratio_tolerance"] = probed
@@ -281,9 +282,10 @@ def ratio_error(model: BaseAlgorithm) -> tuple[float, float] | None:
 
 
 def kept(episode: dict[str, Any]) -> dict[str, Any]:
-    """Return what the doctor needs of an episode's `info`."""
-    names = ("score", "n_tokens", "finish_reason", "ref_kl", "completion")
-    return {name: episode[name] for name in names if name in episode}
+    """Return what the doctor needs of an episode's `info`, as JSON types."""
+    numbers, texts = ("score", "n_tokens", "ref_kl"), ("finish_reason", "completion")
+    found: dict[str, Any] = {name: float(episode[name]) for name in numbers if name in episode}
+    return found | {name: str(episode[name]) for name in texts if name in episode}
 
 
 def summed_up(episodes: list[dict[str, Any]]) -> dict[str, float]:

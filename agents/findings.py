@@ -104,8 +104,8 @@ class Seen:
     """What a run has logged so far.
 
     Attributes:
-        rollouts: A row per rollout: `ratio_error`, `ratio_tolerance`, `exact_kl`, `k1`, `k2` (nats
-            per token), `n_tokens`.
+        rollouts: The last rollout's row: `ratio_error`, `ratio_tolerance`, `exact_kl`, `k1`, `k2`
+            (nats per token), `n_tokens`, `value_only` (1 where the value learns alone).
         episodes: A row per `min_episodes` or more: `score`, `score_sd`, `judge`, `ref_kl` (nats
             per completion), `kl_coef`, `target_ref_kl`, `length` (tokens), `ran_out`,
             `repetition`, `duplicates` (shares).

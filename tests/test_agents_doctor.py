@@ -13,7 +13,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 
 import text_env
 from agents import DoctorCallback, TokenPPO
-from agents.doctor import ratio_error, takes_several_steps
+from agents.doctor import kept, ratio_error, takes_several_steps
 from agents.findings import CHECKS
 
 
@@ -46,34 +46,34 @@ class Kept(KVWriter):
 
 
 def logged_to(model) -> Kept:
-    kept = Kept()
-    model.set_logger(Logger(None, [kept]))
-    return kept
+    log = Kept()
+    model.set_logger(Logger(None, [log]))
+    return log
 
 
 def test_a_healthy_run_raises_nothing(tmp_path, caplog) -> None:
     """The learning test of test_agents_token_ppo: from 0.8 to more than 4 of 6."""
     model = make_model(num_envs=16, kl_coef=0.0, n_epochs=4, batch_size=64)
-    kept, doctor = logged_to(model), DoctorCallback(tmp_path / "doctor.jsonl")
+    log, doctor = logged_to(model), DoctorCallback(tmp_path / "doctor.jsonl")
     with caplog.at_level(logging.WARNING, "agents.doctor"):
         model.learn(16 * 16 * 25, callback=doctor)
     assert np.mean([e["r"] for e in model.ep_info_buffer]) > 4
     assert doctor.findings == [] and caplog.records == []
     assert (tmp_path / "doctor.jsonl").read_text() == ""
-    assert all(row[f"doctor/{name}"] == 0 for row in kept.rows for name in CHECKS)
+    assert all(row[f"doctor/{name}"] == 0 for row in log.rows for name in CHECKS)
     assert len(doctor.seen.episodes) == len(doctor.seen.updates) == 25
     row = doctor.seen.episodes[-1]
-    assert row["score"] == pytest.approx(kept.rows[-1]["rollout/score_mean"])
-    assert row["length"] == pytest.approx(kept.rows[-1]["rollout/completion_tokens"])
-    assert row["ran_out"] == pytest.approx(kept.rows[-1]["rollout/finish_length"])
+    assert row["score"] == pytest.approx(log.rows[-1]["rollout/score_mean"])
+    assert row["length"] == pytest.approx(log.rows[-1]["rollout/completion_tokens"])
+    assert row["ran_out"] == pytest.approx(log.rows[-1]["rollout/finish_length"])
     update = doctor.seen.updates[-2]  # which the last line has
-    assert update["entropy"] == pytest.approx(-kept.rows[-1]["train/entropy_loss"])
-    assert update["clip_fraction"] == pytest.approx(kept.rows[-1]["train/clip_fraction"])
+    assert update["entropy"] == pytest.approx(-log.rows[-1]["train/entropy_loss"])
+    assert update["clip_fraction"] == pytest.approx(log.rows[-1]["train/clip_fraction"])
 
 
 def test_a_run_that_cannot_end_or_learn_is_told_once_and_goes_on(tmp_path, caplog) -> None:
     model = make_model(num_envs=8, learning_rate=0.0, env={"min_new_tokens": 6})
-    kept, doctor = logged_to(model), DoctorCallback(tmp_path / "here" / "doctor.jsonl")
+    log, doctor = logged_to(model), DoctorCallback(tmp_path / "here" / "doctor.jsonl")
     with caplog.at_level(logging.WARNING, "agents.doctor"):
         model.learn(8 * 16 * 9, callback=doctor)
     assert [finding.name for finding in doctor.findings] == ["eos_gone", "clip_fraction_zero"]
@@ -81,19 +81,19 @@ def test_a_run_that_cannot_end_or_learn_is_told_once_and_goes_on(tmp_path, caplo
     lines = [json.loads(line) for line in (tmp_path / "here" / "doctor.jsonl").open()]
     assert [line["name"] for line in lines] == ["eos_gone", "clip_fraction_zero"]
     assert lines[0]["num_timesteps"] == doctor.findings[0].num_timesteps < model.num_timesteps
-    held = [row["doctor/eos_gone"] for row in kept.rows]
+    held = [row["doctor/eos_gone"] for row in log.rows]
     assert held == sorted(held) and held[0] == 0 and sum(held) > 3  # in each rollout from then on
-    texts = [row["doctor/findings"] for row in kept.rows if "doctor/findings" in row]
+    texts = [row["doctor/findings"] for row in log.rows if "doctor/findings" in row]
     assert len(texts) == 2 and texts[0].startswith("**eos_gone** (look): 100%")
-    assert "json" in kept.excluded["doctor/findings"]
-    assert "stdout" in kept.excluded["doctor/judge_falls"]  # a column of zeros
+    assert "json" in log.excluded["doctor/findings"]
+    assert "stdout" in log.excluded["doctor/judge_falls"]  # a column of zeros
 
 
 def test_ignored_findings_are_not_looked_for() -> None:
     model = make_model(num_envs=8, learning_rate=0.0, env={"min_new_tokens": 6})
-    kept, doctor = logged_to(model), DoctorCallback(ignore=("eos_gone", "clip_fraction_zero"))
+    log, doctor = logged_to(model), DoctorCallback(ignore=("eos_gone", "clip_fraction_zero"))
     model.learn(8 * 16 * 7, callback=doctor)
-    assert doctor.findings == [] and "doctor/eos_gone" not in kept.rows[-1]
+    assert doctor.findings == [] and "doctor/eos_gone" not in log.rows[-1]
 
 
 def test_it_stops_the_run(caplog) -> None:
@@ -169,6 +169,8 @@ def test_the_judge_is_read_and_few_episodes_wait_for_more() -> None:
     assert 0 < len(rows) < 6 and all(row["judge"] == 2.5 for row in rows)
     assert {"ref_kl", "kl_coef", "score_sd", "repetition"} <= set(rows[0])
     assert len(doctor._waiting) < 8
+    episode = {"n_tokens": np.int64(3), "score": np.float32(0.5), "completion": "ab", "other": {}}
+    assert json.dumps(kept(episode)) == '{"score": 0.5, "n_tokens": 3.0, "completion": "ab"}'
 
 
 def test_its_state_is_json_and_a_new_run_begins_anew() -> None:

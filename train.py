@@ -3,6 +3,7 @@
     python train.py                      the main job: all stages with their defaults
     python train.py STAGE --help         one stage alone: sft, reward, ppo, evaluate
     python train.py run --config F.yaml  the same with a file of settings
+    python train.py check --model M --reward R   in a minute: would a run with these work?
     python train.py annotate, feedback, compare, loop   with people, or simulated ones: --help
     torchrun --nproc-per-node 2 -- train.py …   the same, PPO on several processes
 
@@ -21,8 +22,9 @@ import random
 import re
 import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -35,9 +37,10 @@ if TYPE_CHECKING:
     import torch as th
     from jsonargparse import ArgumentParser, Namespace
     from stable_baselines3.common.callbacks import BaseCallback
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from agents import CausalLMPolicy
+    from agents.checks import Verdict
     from reward_models import LearnedRewardModel, RewardEnsemble
     from reward_models.feedback import FeedbackStore, Task
     from text_env import TextVecEnv
@@ -189,6 +192,8 @@ class PPO:
     """Gradients are clipped to this norm."""
     save_every: int | None = None
     """Rollouts between saves of the policy; it is always saved at the end."""
+    stop_on: list[str] = field(default_factory=list)
+    """Findings of the doctor (docs/doctor.md) that stop the run, such as [kl_runaway]."""
 
 
 @dataclass(kw_only=True)
@@ -225,6 +230,43 @@ class Evaluate(Writing):
     """Samples of the reference per prompt for the best-of-n baseline; 1 leaves it out."""
     n_samples: int = 10
     """Prompts shown side by side."""
+
+
+@dataclass
+class Check:
+    """What a run is to be made of."""
+
+    model: str | None = None
+    """The causal LM to train: a folder, a hub id, or smollm2. None: the run's sft/."""
+    tokenizer: str | None = None
+    """Its tokenizer: a folder or hub id. None: the model's own."""
+    reward: str | None = None
+    """A reward model's folder or hub id, or a function as module:name. None: the run's
+    reward_model/, if there is one."""
+    prompts: Path | None = None
+    """Prompts (.txt, .jsonl, .csv). None: a few English ones."""
+    vocabulary: Path | None = None
+    """Texts whose tokens are all that may be written with. None: the whole vocabulary."""
+    max_new_tokens: int = PPO.max_new_tokens
+    """Longest completion, tokens."""
+    min_new_tokens: int = PPO.min_new_tokens
+    """Tokens before a completion may end."""
+    temperature: float = PPO.temperature
+    """Divides the logits."""
+    trainable_layers: int | None = PPO.trainable_layers
+    """How many of the last transformer layers are to learn; None: all of the model."""
+    n_envs: int = PPO.n_envs
+    """Rows that are to write side by side, for the forecast."""
+    batch_size: int = PPO.batch_size
+    """Tokens per minibatch, for the forecast."""
+    n_epochs: int = PPO.n_epochs
+    """Passes over each rollout, for the forecast."""
+    micro_batch_size: int | None = None
+    """Tokens of a minibatch whose activations are held at a time."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass."""
+    json: Path | None = None
+    """File for all that was found, as JSON."""
 
 
 @dataclass
@@ -507,7 +549,13 @@ def train_policy(common: Common, settings: PPO) -> None:
         TensorBoardOutputFormat,
     )
 
-    from agents import SampleTextCallback, SavePretrainedCallback, TokenPPO, ranks
+    from agents import (
+        DoctorCallback,
+        SampleTextCallback,
+        SavePretrainedCallback,
+        TokenPPO,
+        ranks,
+    )
     from reward_models import LearnedRewardModel, load_reward_model
     from text_env import TextVecEnv
     from text_env.vocabulary import load_tokenizer
@@ -583,11 +631,13 @@ def train_policy(common: Common, settings: PPO) -> None:
                 TensorBoardOutputFormat(str(made / "tensorboard")),
             ]
             model.set_logger(Logger(str(made), writers))
+        doctor = DoctorCallback(made / "doctor.jsonl", settings.stop_on)
         callbacks = [
             SampleTextCallback(made / "samples.jsonl"),
             SavePretrainedCallback(
                 made / "policy", tokenizer, settings.save_every, merge=settings.merge_lora
             ),
+            doctor,  # behind what logs the judge
         ]
         if first and (folder / "judge").exists():
             judge = LearnedRewardModel.load(folder / "judge", device_of(common))
@@ -597,6 +647,7 @@ def train_policy(common: Common, settings: PPO) -> None:
         rows = map(json.loads, read_lines(made / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
         facts["episodes"] = sum(row["rollout/episodes"] for row in rows)
+        facts["doctor"] = [finding.name for finding in doctor.findings]
 
 
 def lora_of(settings: PPO) -> dict[str, float] | None:
@@ -646,6 +697,188 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         write_report(folder, made, facts, groups, scores, settings)
     say(summary(facts))
     say(f"Report: {folder / 'report.md'}")
+
+
+def check(common: Common, settings: Check) -> int:
+    """Look in a minute for what would spoil a run: model, tokenizer, reward, speed, memory.
+
+    Prints a line for each thing looked at: ok, look, or wrong. The exit code is 1 if any is wrong.
+    """
+    from agents.checks import Verdict
+
+    set_up(common)
+    found: list[Verdict] = []
+    for verdict in verdicts(common, settings):
+        found.append(verdict)
+        say(in_columns(verdict.level, verdict.name, verdict.said))
+    counts = {level: sum(v.level == level for v in found) for level in ("ok", "look", "wrong")}
+    say("\n" + ", ".join(f"{count} {level}" for level, count in counts.items()))
+    if settings.json is not None:
+        text = json.dumps([asdict(verdict) for verdict in found], indent=1, ensure_ascii=False)
+        write_text(settings.json, text + "\n")
+    return int(counts["wrong"] > 0)
+
+
+def verdicts(common: Common, settings: Check) -> "Iterator[Verdict]":
+    """Check one thing after another; what cannot be checked is said so."""
+    from agents import checks
+    from agents.language_model import load_named
+    from text_env.vocabulary import load_tokenizer
+
+    if settings.model is None and common.run is None:
+        raise ValueError("expected --model, or --run for the sft/ of a run, got neither")
+    name = settings.model or str(left_by("sft", folder_of(common) / "sft"))
+    model = named_model(name)
+    lm, tokenizer = load_named(model), load_tokenizer(settings.tokenizer or model)
+    vocabulary = checks.attempt("vocabulary", checks.check_vocabulary, lm, tokenizer)
+    yield vocabulary
+    yield checks.attempt("end token", checks.check_end_token, lm, tokenizer)
+    yield checks.attempt("padding token", checks.check_padding_token, tokenizer)
+    yield checks.attempt("chat template", checks.check_chat_template, tokenizer)
+    if vocabulary.level == "wrong":
+        yield checks.Verdict("all else", "look", "not checked: it needs a vocabulary that fits")
+        return
+    try:
+        env, policy, columns = to_be_checked(common, settings, lm, tokenizer)
+    except (ValueError, OSError, RuntimeError) as error:
+        yield checks.Verdict("set-up", "wrong", " ".join(str(error).split()))
+        yield checks.Verdict("all else", "look", "not checked: it needs a run that can be set up")
+        return
+    try:
+        samples = yield from verdicts_of_policy(settings, env, policy)
+    except Exception as error:  # whatever a user's model does
+        reason = " ".join(str(error).split())
+        yield checks.Verdict("model", "wrong", f"it cannot write: {type(error).__name__}: {reason}")
+        yield checks.Verdict("all else", "look", "not checked: it needs a model that can write")
+        return
+    yield from verdicts_of_reward(common, settings, samples, columns)
+
+
+BEGINNINGS = ("The film is", "This is a story of", "I think that", "With", "In the end, the actors")
+"""Prompts where none are given, of several lengths."""
+
+
+def to_be_checked(
+    common: Common,
+    settings: Check,
+    lm: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> "tuple[TextVecEnv, CausalLMPolicy, list[str]]":
+    """Return environment and policy as a run would make them, and the prompts' further columns."""
+    import numpy as np
+
+    from agents import CausalLMPolicy
+    from text_env import TextVecEnv
+    from text_env.prompts import load_prompts
+
+    prompts = load_prompts(settings.prompts or list(BEGINNINGS))
+    env = TextVecEnv(
+        num_envs=32,
+        group_size=2,  # two completions of each prompt, for the reward to tell apart
+        autoreset=False,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        reward_fn=lambda prompts, completions, **_: [0.0] * len(completions),
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        allowed_token_ids=tokens_of(settings.vocabulary, tokenizer),
+    )
+    policy = CausalLMPolicy(
+        env.observation_space,
+        env.action_space,
+        lambda _: 0.0,
+        lm=lm,
+        temperature=settings.temperature,
+        trainable_layers=settings.trainable_layers,
+        dtype=dtype_of(common),
+        gradient_checkpointing=settings.gradient_checkpointing,
+    ).to(device_of(common))
+    policy.allowed_tokens.copy_(policy.allowed_tokens.new_tensor(np.array(env.allowed_tokens)))
+    env.seed(common.seed)
+    return env, policy, sorted(set(prompts[0]) - {"prompt"})
+
+
+def verdicts_of_policy(
+    settings: Check, env: "TextVecEnv", policy: "CausalLMPolicy"
+) -> "Generator[Verdict, None, Episodes]":
+    """Check what the policy must keep, and what it costs; return what it wrote."""
+    import numpy as np
+
+    from agents import checks, forecast
+    from agents.writing import write_episodes
+
+    prompts = [row[row >= 0] for row in env.reset()[:16:2]]
+    walked = checks.walk(policy, prompts, min(settings.max_new_tokens, 12))
+    yield checks.attempt("cache", checks.check_cache, policy, walked)
+    yield checks.attempt("padding", checks.check_padding, policy, walked)
+    yield checks.attempt("temperature", checks.check_temperature, policy, prompts[0])
+    episodes = write_episodes(policy, env)
+    ends = np.flatnonzero(env.task.vocabulary.is_eos).tolist()
+    reasons = [episode["finish_reason"] for episode in episodes]
+    budget = (settings.min_new_tokens, settings.max_new_tokens)
+    yield checks.attempt("ending", checks.check_ends, policy, walked, ends, reasons, *budget)
+    try:
+        steps = min(settings.max_new_tokens, 12)
+        rows = min(settings.n_envs, 32)
+        measured = forecast.measure(policy, prompts, walked, rows, steps)
+    except Exception as error:  # whatever a user's model does in a backward pass
+        reason = " ".join(str(error).split())
+        yield checks.Verdict("speed", "wrong", f"an update failed: {reason}")
+        return episodes
+    length = float(np.mean([episode["n_tokens"] for episode in episodes]))
+    yield forecast.check_speed(measured, settings.n_envs, length, settings.n_epochs)
+    whole = 1 + float(np.mean([len(prompt) for prompt in prompts])) / length  # with the prompt
+    n_tokens = settings.n_envs * length
+    held = min(settings.micro_batch_size or settings.batch_size, n_tokens)
+    parts = forecast.memory_parts(policy, measured, settings.n_envs, whole * held, whole * n_tokens)
+    yield forecast.check_memory(parts, forecast.device_memory(policy.device))
+    return episodes
+
+
+def verdicts_of_reward(
+    common: Common, settings: Check, episodes: Episodes, columns: list[str]
+) -> "Iterator[Verdict]":
+    """Check the reward on what the policy wrote."""
+    from agents import checks, reward_checks
+
+    reward = settings.reward
+    if reward is None and common.run is not None and (common.run / "reward_model").exists():
+        reward = str(common.run / "reward_model")
+    if reward is None:
+        yield checks.Verdict("reward", "look", "not checked: there is none; give it as --reward")
+        return
+    try:
+        reward_fn = named_reward(common, reward)
+    except Exception as error:  # whatever a user's module does when imported
+        reason = " ".join(str(error).split())
+        yield checks.Verdict("reward", "wrong", f"cannot be loaded from {reward!r}: {reason}")
+        return
+    texts = texts_of(episodes)
+    further = {name: [episode[name] for episode in episodes] for name in columns}
+    for name, look in (
+        ("reward finite", reward_checks.check_finite),
+        ("reward in batches", reward_checks.check_batch),
+        ("reward spread", reward_checks.check_spread),
+    ):
+        yield checks.attempt(name, look, reward_fn, *texts, further)
+
+
+def named_reward(common: Common, name: str) -> Callable[..., Any]:
+    """Return a reward model from a folder or hub id, or a function from module:name."""
+    from reward_models import load_reward_model
+    from text_env.scoring import load_reward
+
+    if ":" in name and not Path(name).exists():
+        if os.getcwd() not in sys.path:  # where a user's module would be looked for
+            sys.path.append(os.getcwd())
+        return load_reward(name)
+    return load_reward_model(name, device_of(common))
+
+
+def in_columns(level: str, name: str, said: str) -> str:
+    """Lay out a verdict: level, name, and the sentence in lines of its own column."""
+    lines = textwrap.wrap(said, 72) or [""]
+    return "\n".join([f"{level:<5}  {name:<18} {lines[0]}", *(" " * 26 + x for x in lines[1:])])
 
 
 # --------------------------------------------------------------------------------- people
@@ -1118,7 +1351,7 @@ def is_done(common: Common, name: str) -> bool:
 MAKES = {
     "sft": ("sft",),
     "reward": ("reward_model", "judge"),
-    "ppo": ("policy", "metrics.jsonl", "samples.jsonl", "tensorboard"),
+    "ppo": ("policy", "metrics.jsonl", "samples.jsonl", "doctor.jsonl", "tensorboard"),
     "evaluate": ("evaluation.json", "report.md", "curves.png"),
 }
 """What each stage leaves in the run folder."""
@@ -1236,13 +1469,12 @@ def process_number() -> int:
     return int(os.environ["RANK"]) if {"RANK", TORCHRUN} <= os.environ.keys() else 0
 
 
-def on_first_process(function: Callable[..., None], *arguments: Any) -> None:
+def on_first_process(function: Callable[..., int | None], *arguments: Any) -> int | None:
     """Do a stage on the first process alone, which must not look for the others meanwhile."""
     if process_number() > 0:
-        return
+        return None
     if TORCHRUN not in os.environ:
-        function(*arguments)
-        return
+        return function(*arguments)
     import torch as th
 
     threads = th.get_num_threads()
@@ -1251,7 +1483,7 @@ def on_first_process(function: Callable[..., None], *arguments: Any) -> None:
     names += ["MASTER_ADDR", "MASTER_PORT"]
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
-        function(*arguments)
+        return function(*arguments)
     finally:
         os.environ.update(hidden)
         th.set_num_threads(threads)
@@ -1560,6 +1792,7 @@ def write_report(
         "in brackets. " + notes(facts, groups),
         measures_table(facts["measures"]),
         "![curves](curves.png)" if rows else "",
+        doctor_section(folder, rows),
         "## Samples",
         samples_table(groups, scores, settings.n_samples),
         "## Stages",
@@ -1567,6 +1800,22 @@ def write_report(
     ]
     with atomic_file(made / "report.md") as file:
         file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def doctor_section(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """Say what the doctor found in training, as Markdown; "" where it was not there."""
+    if not (folder / "doctor.jsonl").exists():
+        return ""
+    lines = ["## What the doctor found", ""]
+    for finding in map(json.loads, read_lines(folder / "doctor.jsonl")):
+        held = sum(bool(row.get(f"doctor/{finding['name']}")) for row in rows)
+        lines.append(
+            f"- **{finding['name']}** ({finding['severity']}), first at {finding['num_timesteps']} "
+            f"tokens, in {held} of {len(rows)} rollouts: {finding['said']}. {finding['advice']}"
+        )
+    if len(lines) == 2:
+        lines.append(f"Nothing, in {len(rows)} rollouts.")
+    return "\n".join(lines)
 
 
 def notes(facts: dict[str, Any], groups: dict[str, Episodes]) -> str:
@@ -1751,12 +2000,13 @@ def write_text(path: Path, text: str) -> None:
 
 # ------------------------------------------------------------------------------------ CLI
 
-STAGES: dict[str, tuple[Callable[..., None], type]] = {
+STAGES: dict[str, tuple[Callable[..., int | None], type]] = {
     "run": (run, Run),
     "sft": (sft, SFT),
     "reward": (reward, Reward),
     "ppo": (ppo, PPO),
     "evaluate": (evaluate, Evaluate),
+    "check": (check, Check),
     "annotate": (annotate, Annotate),
     "feedback account": (make_account, SignIn),
     "feedback import": (import_answers, Import),
@@ -1810,15 +2060,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("reward_models").setLevel(logging.INFO)
     try:
-        if process_number() == 0:
+        if process_number() == 0 and name != "check":
             common.run = run_folder(common, name)
             refuse_to_replace(common, name)
         if name in ("run", "loop"):
             save_config(common, "config.yaml" if name == "run" else "config-loop.yaml", chosen)
         if name in ("run", "ppo"):
-            function(common, settings)
+            code = function(common, settings)
         else:
-            on_first_process(function, common, settings)
+            code = on_first_process(function, common, settings)
         if name in MAKES:
             save_config(common, f"config-{name}.yaml", chosen)
     except KeyboardInterrupt:
@@ -1832,7 +2082,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"train.py {name}: error{which}: {message}", file=sys.stderr)
         print("(RLHF_GYM_DEBUG=1 shows where)", file=sys.stderr)
         return 1
-    return 0
+    return code or 0
 
 
 def run_folder(common: Common, name: str) -> Path:

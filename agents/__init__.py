@@ -8,6 +8,7 @@ from stable_baselines3 import A2C, PPO
 from agents.buffer import TokenRolloutBuffer
 from agents.callbacks import SampleTextCallback, SavePretrainedCallback
 from agents.critic_free import TokenA2C, TokenGRPO, TokenRLOO
+from agents.doctor import DoctorCallback
 from agents.lm_reader import LMReader
 from agents.lm_wrappers import LMFeatures, TopKActions, VecLMFeatures, VecTopKActions
 from agents.policy import CausalLMPolicy
@@ -19,6 +20,7 @@ for _algorithm in (A2C, PPO):
 
 __all__ = [
     "CausalLMPolicy",
+    "DoctorCallback",
     "LMFeatures",
     "LMReader",
     "SampleTextCallback",

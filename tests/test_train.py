@@ -107,6 +107,8 @@ def test_the_run_folder_holds_what_the_readme_says(finished, capsys) -> None:
     assert {"rollout/score_mean", "rollout/judge_mean", "rollout/ref_kl"} <= set(rows[-1])
     report = (finished / "report.md").read_text()
     assert "distinct-2" in report and "The director made" in report
+    assert "## What the doctor found" in report and (finished / "doctor.jsonl").exists()
+    assert all(row["doctor/first_ratio"] == 0 for row in rows)
     assert (finished / "curves.png").stat().st_size > 10_000
     found = json.loads((finished / "evaluation.json").read_text())
     assert set(found["measures"]) == {"warm start", "policy", "warm start, greedy", "best of 2"}

@@ -187,6 +187,9 @@ class PPO:
     """Weight of the value loss."""
     max_grad_norm: float = 0.5
     """Gradients are clipped to this norm."""
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    """NaN or infinity in a reward, value, loss or gradient: stop with an error before any
+    parameter changes, or leave the episode or minibatch out and count it."""
     save_every: int | None = None
     """Rollouts between saves of the policy; it is always saved at the end."""
 
@@ -531,6 +534,7 @@ def train_policy(common: Common, settings: PPO) -> None:
             min_new_tokens=settings.min_new_tokens,
             missing_eos_penalty=settings.missing_eos_penalty,
             allowed_token_ids=tokens_of(vocabulary, tokenizer),
+            nonfinite_scores="pass" if settings.on_nonfinite == "skip" else "error",
         )
         model = TokenPPO(
             "CausalLMPolicy",
@@ -559,6 +563,7 @@ def train_policy(common: Common, settings: PPO) -> None:
             ref_lm=settings.reference,
             target_ref_kl=settings.target_ref_kl,
             kl_horizon=settings.kl_horizon,
+            on_nonfinite=settings.on_nonfinite,
             stats_window_size=max(100, settings.n_envs),
             seed=common.seed,
             device=device_of(common),
@@ -582,7 +587,13 @@ def train_policy(common: Common, settings: PPO) -> None:
         model.logger.close()
         rows = map(json.loads, read_lines(made / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
-        facts["episodes"] = sum(row["rollout/episodes"] for row in rows)
+        facts["episodes"] = sum(row.get("rollout/episodes", 0) for row in rows)
+        if first and (not facts["episodes"] or not model.policy.guard.n_steps):
+            raise RuntimeError(
+                f"expected a policy that has learned, got {facts['episodes']} finished episodes and "
+                f"{model.policy.guard.n_steps} steps of the optimizer from {facts['tokens']} tokens:"
+                " nothing was trained; raise total_timesteps"
+            )
 
 
 def lora_of(settings: PPO) -> dict[str, float] | None:

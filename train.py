@@ -588,11 +588,12 @@ def train_policy(common: Common, settings: PPO) -> None:
         rows = map(json.loads, read_lines(made / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
         facts["episodes"] = sum(row.get("rollout/episodes", 0) for row in rows)
-        if first and (not facts["episodes"] or not model.policy.guard.n_steps):
+        steps = model.policy.guard.n_steps
+        if first and not (facts["episodes"] and steps):
             raise RuntimeError(
-                f"expected a policy that has learned, got {facts['episodes']} finished episodes and "
-                f"{model.policy.guard.n_steps} steps of the optimizer from {facts['tokens']} tokens:"
-                " nothing was trained; raise total_timesteps"
+                f"nothing was trained: expected finished episodes and optimizer steps, got "
+                f"{facts['episodes']} and {steps} from {facts['tokens']} tokens; raise "
+                "total_timesteps, or n_steps to the length of an episode"
             )
 
 

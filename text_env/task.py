@@ -61,7 +61,9 @@ class TextTask:
         if obs_dtype not in ("int64", "float32"):
             raise ValueError(f'obs_dtype: expected "int64" or "float32", got {obs_dtype!r}')
         if nonfinite_scores not in ("error", "pass"):
-            raise ValueError(f'nonfinite_scores: expected "error" or "pass", got {nonfinite_scores!r}')
+            raise ValueError(
+                f'nonfinite_scores: expected "error" or "pass", got {nonfinite_scores!r}'
+            )
         if not (math.isfinite(missing_eos_penalty) and missing_eos_penalty >= 0):
             raise ValueError(
                 f"missing_eos_penalty: expected a number >= 0, got {missing_eos_penalty}; "

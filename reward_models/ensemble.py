@@ -104,7 +104,7 @@ class RewardEnsemble:
         try:
             side = json.loads(file.read_text(encoding="utf-8"))
             names, penalty = list(side["members"]), float(side["penalty"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{file}: expected what RewardEnsemble.save wrote ({error})"
             ) from error

@@ -183,7 +183,7 @@ class LearnedRewardModel:
             )
         reward_model = cls.from_pretrained(path_or_id, device, side.get("max_length"))
         if "normalization" in side:
-            reward_model.normalization = Normalization(**side["normalization"])
+            reward_model.normalization = side["normalization"]
         if side.get("scale"):
             reward_model.scale = (side["scale"][0], side["scale"][1])
         reward_model.tie_threshold = side.get("tie_threshold")
@@ -447,8 +447,15 @@ def _read_side_file(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        side = json.loads(path.read_text(encoding="utf-8"))
+        normalization = Normalization(**side.get("normalization", {}))
+        if not (math.isfinite(normalization.mean) and 0 < normalization.sd < math.inf):
+            raise ValueError(f"expected a finite mean and sd > 0, got {normalization}")
+        scale = side.get("scale")
+        if scale and not -math.inf < scale[0] < scale[1] < math.inf:
+            raise ValueError(f"expected scale [lowest, highest], got {scale}")
+        return {**side, "normalization": normalization, "scale": scale}
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected what LearnedRewardModel.save wrote ({error})"
         ) from error

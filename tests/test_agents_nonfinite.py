@@ -133,9 +133,10 @@ def test_skip_leaves_the_episode_with_a_bad_reward_out_and_learns_from_the_other
         buffer = model.rollout_buffer
         for name in ("rewards", "values", "advantages", "returns", "log_probs"):
             assert np.isfinite(getattr(buffer, name)).all(), name
-        left_out = buffer.lengths[2, 1] == 0
-        logged.update(left_out=left_out, episodes=len(model.finished_episodes))
-        logged.update(written=buffer.n_tokens + buffer.n_tokens_left_out)
+        logged.setdefault("left_out", buffer.lengths[2, 1] == 0)
+        logged["episodes"] = len(model.finished_episodes)
+        written = buffer.n_tokens + buffer.n_tokens_left_out
+        logged["written"] = logged.get("written", 0) + written
 
     model.learn(48, callback=AtRolloutEnd(look))
     assert logged["left_out"] and logged["episodes"] > 0

@@ -108,14 +108,14 @@ def cut(handler: BaseHTTPRequestHandler) -> None:
 def test_scores_come_back_in_order_batched_with_columns_and_headers() -> None:
     reward_fn = LengthReward(low=1, high=2)
     with running(reward_server(reward_fn, port=0, token="secret")) as url:
-        with pytest.raises(HTTPRewardError, match=r"HTTP 401 .*expected the token"):
-            HTTPRewardModel(url, retries=0)(**TEXTS)
-    with running(reward_server(reward_fn, port=0, token="secret")) as url:
         headers = {"Authorization": "Bearer secret"}
         model = HTTPRewardModel(url, batch_size=2, headers=headers)
         scores = model(**TEXTS, reference=["x", "y", "z"])
         np.testing.assert_array_equal(scores, reward_fn(**TEXTS))
         assert model(prompts=[], completions=[]).shape == (0,)
+        for wrong in ({}, {"Authorization": "Bearer no"}):
+            with pytest.raises(HTTPRewardError, match=r"HTTP 401 .*expected the token"):
+                HTTPRewardModel(url, headers=wrong)(**TEXTS)
     with answering(answer(b'{"scores": [1, 2]}'), answer(b'{"scores": [3]}')) as (url, requests):
         scores = HTTPRewardModel(url, batch_size=2)(**TEXTS, reference=["\ud800", None, {"k": 1}])
         assert scores.tolist() == [1, 2, 3]

@@ -427,7 +427,10 @@ class TokenPPO(PPO):
     ) -> None:
         """Keep SB3's statistics, and the episodes that ended at this step."""
         if ranks.world_size() == 1:
-            super()._update_info_buffer(infos, dones)
+            returns = [info.get("episode", {}).get("r", 0.0) for info in infos]
+            fine = np.isfinite(returns) | (self.on_nonfinite == "raise")
+            known = [info if ok else {} for info, ok in zip(infos, fine, strict=True)]
+            super()._update_info_buffer(known, dones)
         for row in np.flatnonzero(dones if dones is not None else []):
             place = {"step": self.rollout_buffer.pos, "row": int(row)}
             self.finished_episodes.append({**infos[row], **place})

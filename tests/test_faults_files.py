@@ -143,7 +143,7 @@ def test_a_tokenizers_code_is_not_run(tmp_path: Path) -> None:
             auto_map={"AutoTokenizer": [name, name]},
             tokenizer_class="Theirs",
         )
-        with pytest.raises(ValueError, match="trust_remote_code|custom code"):
+        with pytest.raises(ValueError, match=r"trust_remote_code|custom code"):
             load_tokenizer(tmp_path)
         assert not (tmp_path / TRAP).exists()
 
@@ -215,7 +215,7 @@ def test_an_archives_links_and_paths_lead_nowhere(tmp_path: Path) -> None:
     for member in ("p-1/a.txt", "p-1/b.txt", "../../escaped.txt"):
         package = assets.Package("p==1", archive.name, assets._sha256(archive), {member: "0" * 64})
         with pytest.raises(
-            assets.AssetError, match="could not unpack|not the file that was pinned"
+            assets.AssetError, match=r"could not unpack|not the file that was pinned"
         ):
             assets._unpack(package, archive, tmp_path / "out" / "in")
     found = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]

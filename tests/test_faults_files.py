@@ -177,8 +177,8 @@ def test_an_index_of_weights_that_is_none(model, content: str) -> None:
 def test_an_ensemble_whose_members_are_elsewhere(tmp_path: Path, name: object) -> None:
     make_reward_model(tmp_path / "model")
     letter_tokenizer().save_pretrained(tmp_path / "model")
-    ensemble = RewardEnsemble([LearnedRewardModel.load(tmp_path / "model", "cpu")], 1.0)
-    folder = ensemble.save(tmp_path / "ensemble")
+    members = [LearnedRewardModel.load(tmp_path / "model", "cpu") for _ in range(2)]
+    folder = RewardEnsemble(members, 1.0).save(tmp_path / "ensemble")
     (side,) = folder.glob("*.json")
     change(side, members=[name])
     with pytest.raises(ValueError, match=r"ensemble.*expected the name of a file or folder beside"):

@@ -1,5 +1,6 @@
 """Workers killed, stopped or raising: one error within 10 s that names worker and cause."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -98,19 +99,32 @@ def test_a_worker_that_dies_in_reset_is_named(kind: str) -> None:
         envs.reset()
 
 
-def test_an_environment_that_cannot_be_made_is_named() -> None:
-    with pytest.raises(WorkerError, match=r"worker 0 ended .* KeyError: 'no such file'"):
-        make("sb3", env_fns=(Unmade, Small))
-    envs = make("sb3", env_fns=(Small, Unmade))
-    with pytest.raises(WorkerError, match=r"worker 1 .* raised KeyError: 'no such file'"):
-        envs.reset()
+@pytest.mark.parametrize("bad", [0, 1])
+def test_an_environment_that_cannot_be_made_is_named(bad: int) -> None:
+    env_fns = [Small, Small]
+    env_fns[bad] = Unmade
+    before = set(multiprocessing.active_children())
+    with pytest.raises(WorkerError, match=rf"worker {bad} .* raised KeyError: 'no such file'"):
+        make("sb3", 5, env_fns)
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_with_sb3s_own_start_method() -> None:
+    envs = watched_subproc_vec_env([Small, Small], seconds=250)  # they import torch
+    pids = [p.pid for p in envs.processes]
+    assert envs.reset()[:, 0].tolist() == pids
+    os.kill(pids[0], signal.SIGKILL)
+    with pytest.raises(WorkerError, match=r"worker 0 .* was killed by SIGKILL"):
+        for _ in range(3):
+            envs.step(np.zeros(2, dtype=int))
+    assert gone(pids)
 
 
 def test_other_batches_are_refused() -> None:
     with pytest.raises(TypeError, match="expected a SubprocVecEnv or an AsyncVectorEnv"):
         watch(gym.vector.SyncVectorEnv([Small]))
     with pytest.raises(ValueError, match="seconds"):
-        watch(None, seconds=0)
+        watched_subproc_vec_env([Small], seconds=0)
 
 
 def test_what_sb3_does_by_itself() -> None:

@@ -6,7 +6,7 @@ Leaves out everything that happens after the prompt (`episodes`) and the vocabul
 import csv
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -288,7 +288,7 @@ def load_prompts(
             record = _record(item, place)
             _check_columns(record, _column_names(records[0] if records else record), place)
         except ValueError as error:
-            refuse(str(error), refused, error.__cause__)
+            refuse(str(error), refused, error)
         else:
             records.append(record)
     if not records:
@@ -424,7 +424,11 @@ def _is_chat(item: Any) -> bool:
 
 def _read_file(path: Path, refused: list[str] | None = None) -> Iterator[tuple[str, Any]]:
     """Items of a file, each with its place for error messages."""
-    readers = {".jsonl": json_lines, ".csv": _read_csv, ".txt": _read_txt}
+    readers: dict[str, Callable[..., Iterator[tuple[str, Any]]]] = {
+        ".jsonl": json_lines,
+        ".csv": _read_csv,
+        ".txt": _read_txt,
+    }
     if path.suffix not in readers:
         raise ValueError(
             f"prompts: expected a file that ends in {', '.join(readers)}, got {str(path)!r}; "

@@ -13,7 +13,7 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,7 +32,7 @@ class WorkerError(RuntimeError):
     """A worker of a batch of environments is dead or does not answer; all of them were ended."""
 
 
-def watch(envs: VecT, seconds: float = 9.0, reports: Sequence[Path] = ()) -> VecT:
+def watch(envs: VecT, seconds: float = 9.0) -> VecT:
     """Let a batch of environments in processes raise `WorkerError` where it would hang.
 
     The error names the worker and what became of it. All workers are killed first, so that no
@@ -42,7 +42,6 @@ def watch(envs: VecT, seconds: float = 9.0, reports: Sequence[Path] = ()) -> Vec
         envs: A `SubprocVecEnv` or an `AsyncVectorEnv`; it is changed in place.
         seconds: How long a worker may take for one answer; a reset or step that needs longer is
             taken for a hang.
-        reports: Where each worker writes why it ended, if it does.
 
     Returns:
         The same object.
@@ -50,17 +49,11 @@ def watch(envs: VecT, seconds: float = 9.0, reports: Sequence[Path] = ()) -> Vec
     Raises:
         TypeError: It is another kind of batch.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds: expected a number > 0, got {seconds}")
     name = next((n for n in ("remotes", "parent_pipes") if hasattr(envs, n)), None)
     if name is None or not hasattr(envs, "processes"):
         raise TypeError(f"expected a SubprocVecEnv or an AsyncVectorEnv, got {type(envs).__name__}")
     pipes = getattr(envs, name)
-    watched = [
-        _WatchedPipe(pipe, envs, number, seconds, reports[number] if reports else None)
-        for number, pipe in enumerate(pipes)
-    ]
-    setattr(envs, name, type(pipes)(watched))
+    setattr(envs, name, type(pipes)(_watched(pipes, envs, seconds, ())))
     if hasattr(envs, "error_queue"):
         envs._raise_if_errors = lambda successes: _raise_if_errors(envs, successes)  # type: ignore[attr-defined]
     return envs
@@ -77,27 +70,45 @@ def watched_subproc_vec_env(
         start_method: As for `SubprocVecEnv`.
 
     Raises:
-        WorkerError: The first environment could not be made.
+        WorkerError: An environment could not be made.
     """
     from stable_baselines3.common.vec_env import SubprocVecEnv
 
     folder = Path(tempfile.mkdtemp(prefix="workers-"))
     reports = [folder / str(number) for number in range(len(env_fns))]
+
+    class WatchedSubprocVecEnv(SubprocVecEnv):
+        """SB3's, whose pipes are watched from the moment it makes them."""
+
+        @property
+        def remotes(self) -> tuple[Any, ...]:
+            return self._remotes
+
+        @remotes.setter
+        def remotes(self, pipes: Sequence[Connection]) -> None:
+            self._remotes = _watched(pipes, self, seconds, reports)
+
+        def close(self) -> None:
+            super().close()
+            shutil.rmtree(folder, ignore_errors=True)
+
     told = [_Reporting(fn, path) for fn, path in zip(env_fns, reports, strict=True)]
     try:
-        envs = watch(SubprocVecEnv(told, start_method), seconds, reports)
-    except (EOFError, OSError) as error:
-        said = _read(reports[0])
+        return WatchedSubprocVecEnv(told, start_method)
+    except WorkerError:
         shutil.rmtree(folder, ignore_errors=True)
-        raise WorkerError(f"worker 0 ended while its environment was made: {said}") from error
-    close = envs.close
+        raise
 
-    def close_and_tidy() -> None:
-        close()
-        shutil.rmtree(folder, ignore_errors=True)
 
-    envs.close = close_and_tidy  # type: ignore[method-assign]
-    return envs
+def _watched(
+    pipes: Sequence[Connection], envs: Any, seconds: float, reports: Sequence[Path]
+) -> tuple["_WatchedPipe", ...]:
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected a number > 0, got {seconds}")
+    return tuple(
+        _WatchedPipe(pipe, envs, number, seconds, reports[number] if reports else None)
+        for number, pipe in enumerate(pipes)
+    )
 
 
 class _WatchedPipe:
@@ -111,8 +122,10 @@ class _WatchedPipe:
 
     def recv(self) -> Any:
         """Return the worker's answer, or raise `WorkerError`."""
+        process: BaseProcess = self._envs.processes[self._number]
         try:
-            if self._pipe.poll(self._seconds):
+            wait([self._pipe, process.sentinel], self._seconds)
+            if self._pipe.poll():
                 return self._pipe.recv()
         except (EOFError, OSError) as error:
             raise self._failure() from error
@@ -128,6 +141,10 @@ class _WatchedPipe:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pipe, name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Go to a worker, which closes it, as the plain pipe."""
+        return _plain, (self._pipe,)
+
     def _failure(self) -> WorkerError:
         process: BaseProcess = self._envs.processes[self._number]
         process.join(0.5)  # a pipe can end a moment before its process does
@@ -135,6 +152,10 @@ class _WatchedPipe:
         if said := _read(self._report):
             cause = f"raised {said}"
         return _end(self._envs, self._number, cause)
+
+
+def _plain(pipe: Connection) -> Connection:
+    return pipe
 
 
 class _Reporting:
@@ -190,7 +211,7 @@ def _end(envs: Any, number: int, cause: str) -> WorkerError:
         process.kill()
     for process in envs.processes:
         process.join(5)
-    for pipe in getattr(envs, "remotes", None) or getattr(envs, "parent_pipes", ()):
+    for pipe in getattr(envs, "remotes", getattr(envs, "parent_pipes", ())):
         if pipe is not None:
             pipe.close()
     envs.closed, envs.waiting = True, False

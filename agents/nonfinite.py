@@ -41,10 +41,12 @@ class NonFiniteError(FloatingPointError):
 
     def __str__(self) -> str:
         """Say what was found, where, and what to do."""
+        broken = self.source in ("logits", "reference")  # nothing to skip
         return (
             f"{self.source}: expected finite numbers (within ±{LARGEST:g}), got {self.number}"
-            f"{self._place}; no parameter was changed by it: check the reward's scale and the "
-            'learning rate, or pass on_nonfinite="skip"'
+            f"{self._place}; no parameter was changed by it: check "
+            + ("the model's weights" if broken else "the reward's scale and the learning rate")
+            + ("" if broken else ', or pass on_nonfinite="skip"')
         )
 
 
@@ -107,6 +109,7 @@ class Guard:
         Raises:
             NonFiniteError: If one is not finite; of a slope, from within the backward pass.
         """
+        self._broken = False  # SB3 may have stopped an epoch without a step
         for name, numbers in outputs.items():
             self._check(name, batch, numbers.detach())
             if numbers.requires_grad:

@@ -1,10 +1,10 @@
 """Environments in processes of their own, watched: a dead, stopped or silent one is an error.
 
-By themselves, Stable-Baselines3's `SubprocVecEnv` (2.9) waits for ever for a worker that is
-stopped, raises an `EOFError` without a word for one that was killed or that raised, and then waits
-for ever in `close`; Gymnasium's `AsyncVectorEnv` (1.4) hands an environment's error on without
-saying whose it is, and waits or says nothing as SB3 does in the other cases. Both are left as they
-are but for the ends of their pipes.
+By itself, Stable-Baselines3's `SubprocVecEnv` (2.9) waits for ever for a worker that is stopped, and
+for one that was killed or that raised if workers are forked; else it raises an `EOFError` without a
+word, and then waits for ever in `close`. Gymnasium's `AsyncVectorEnv` (1.4) hands an environment's
+error on without saying whose it is, and otherwise does as SB3 does. Both are left as they are but
+for the ends of their pipes. What `AsyncVectorEnv` does while it is made is not watched.
 """
 
 import os

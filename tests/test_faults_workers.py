@@ -106,13 +106,13 @@ def test_an_environment_that_cannot_be_made_is_named(bad: int) -> None:
     env_fns[bad] = Unmade
     before = set(multiprocessing.active_children())
     with pytest.raises(WorkerError, match=rf"worker {bad} .* raised KeyError: 'no such file'"):
-        make("sb3", 5, env_fns)
+        watched_subproc_vec_env(env_fns, 5, "fork", start_seconds=5)
     assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.slow
 def test_with_sb3s_own_start_method() -> None:
-    envs = watched_subproc_vec_env([Small, Small], seconds=250)  # they import torch
+    envs = watched_subproc_vec_env([Small, Small])  # their start, with torch, takes longer
     pids = [p.pid for p in envs.processes]
     assert envs.reset()[:, 0].tolist() == pids
     os.kill(pids[0], signal.SIGKILL)

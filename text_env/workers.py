@@ -1,10 +1,10 @@
 """Environments in processes of their own, watched: a dead, stopped or silent one is an error.
 
-By itself, Stable-Baselines3's `SubprocVecEnv` (2.9) waits for ever for a worker that is stopped, and
-for one that was killed or that raised if workers are forked; else it raises an `EOFError` without a
-word, and then waits for ever in `close`. Gymnasium's `AsyncVectorEnv` (1.4) hands an environment's
-error on without saying whose it is, and otherwise does as SB3 does. Both are left as they are but
-for the ends of their pipes. What `AsyncVectorEnv` does while it is made is not watched.
+By itself, Stable-Baselines3's `SubprocVecEnv` (2.9) waits for ever for a worker that is stopped,
+and for one that was killed or that raised if workers are forked; else it raises an `EOFError`
+without a word, and then waits for ever in `close`. Gymnasium's `AsyncVectorEnv` (1.4) hands an
+environment's error on without saying whose it is, and otherwise does as SB3 does. Both are left as
+they are but for the ends of their pipes. While an `AsyncVectorEnv` is made it is not watched.
 """
 
 import os
@@ -49,6 +49,8 @@ def watch(envs: VecT, seconds: float = 9.0) -> VecT:
     Raises:
         TypeError: It is another kind of batch.
     """
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected a number > 0, got {seconds}")
     name = next((n for n in ("remotes", "parent_pipes") if hasattr(envs, n)), None)
     if name is None or not hasattr(envs, "processes"):
         raise TypeError(f"expected a SubprocVecEnv or an AsyncVectorEnv, got {type(envs).__name__}")
@@ -60,7 +62,10 @@ def watch(envs: VecT, seconds: float = 9.0) -> VecT:
 
 
 def watched_subproc_vec_env(
-    env_fns: Sequence[EnvFn], seconds: float = 9.0, start_method: str | None = None
+    env_fns: Sequence[EnvFn],
+    seconds: float = 9.0,
+    start_method: str | None = None,
+    start_seconds: float = 300.0,
 ) -> "SubprocVecEnv":
     """An SB3 `SubprocVecEnv`, watched, whose errors also tell what a worker's environment raised.
 
@@ -68,12 +73,16 @@ def watched_subproc_vec_env(
         env_fns: As for `SubprocVecEnv`.
         seconds: As for `watch`.
         start_method: As for `SubprocVecEnv`.
+        start_seconds: How long a worker may take to start, in which it imports what it needs and
+            makes its environment.
 
     Raises:
         WorkerError: An environment could not be made.
     """
     from stable_baselines3.common.vec_env import SubprocVecEnv
 
+    if not (seconds > 0 and start_seconds > 0):
+        raise ValueError(f"seconds: expected numbers > 0, got {seconds} and {start_seconds}")
     folder = Path(tempfile.mkdtemp(prefix="workers-"))
     reports = [folder / str(number) for number in range(len(env_fns))]
 
@@ -86,7 +95,7 @@ def watched_subproc_vec_env(
 
         @remotes.setter
         def remotes(self, pipes: Sequence[Connection]) -> None:
-            self._remotes = _watched(pipes, self, seconds, reports)
+            self._remotes = _watched(pipes, self, start_seconds, reports)
 
         def close(self) -> None:
             super().close()
@@ -94,17 +103,18 @@ def watched_subproc_vec_env(
 
     told = [_Reporting(fn, path) for fn, path in zip(env_fns, reports, strict=True)]
     try:
-        return WatchedSubprocVecEnv(told, start_method)
+        envs = WatchedSubprocVecEnv(told, start_method)
     except WorkerError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    for pipe in envs.remotes:
+        pipe.seconds = seconds
+    return envs
 
 
 def _watched(
     pipes: Sequence[Connection], envs: Any, seconds: float, reports: Sequence[Path]
 ) -> tuple["_WatchedPipe", ...]:
-    if not seconds > 0:
-        raise ValueError(f"seconds: expected a number > 0, got {seconds}")
     return tuple(
         _WatchedPipe(pipe, envs, number, seconds, reports[number] if reports else None)
         for number, pipe in enumerate(pipes)
@@ -118,13 +128,13 @@ class _WatchedPipe:
         self, pipe: Connection, envs: Any, number: int, seconds: float, report: Path | None
     ) -> None:
         self._pipe, self._envs, self._number = pipe, envs, number
-        self._seconds, self._report = seconds, report
+        self.seconds, self._report = seconds, report
 
     def recv(self) -> Any:
         """Return the worker's answer, or raise `WorkerError`."""
         process: BaseProcess = self._envs.processes[self._number]
         try:
-            wait([self._pipe, process.sentinel], self._seconds)
+            wait([self._pipe, process.sentinel], self.seconds)
             if self._pipe.poll():
                 return self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -148,7 +158,7 @@ class _WatchedPipe:
     def _failure(self) -> WorkerError:
         process: BaseProcess = self._envs.processes[self._number]
         process.join(0.5)  # a pipe can end a moment before its process does
-        cause = _what_became_of(process, self._seconds)
+        cause = _what_became_of(process, self.seconds)
         if said := _read(self._report):
             cause = f"raised {said}"
         return _end(self._envs, self._number, cause)

@@ -50,6 +50,16 @@ def test_only_the_last_layers_learn() -> None:
         warm_start(lm, tokenizer, TEXTS, trainable_layers=-1)
 
 
+def test_a_loss_that_is_not_finite_stops_before_any_parameter_changes(make_lm, tokenizer) -> None:
+    lm = make_lm(len(tokenizer))
+    next(lm.parameters()).data[0] = float("nan")
+    before = [p.clone() for p in lm.parameters()]
+    with pytest.raises(FloatingPointError, match="expected a finite loss, got nan at step 0"):
+        warm_start(lm, tokenizer, TEXTS, max_steps=2)
+    for old, new in zip(before, lm.parameters(), strict=True):
+        assert old.detach().numpy().tobytes() == new.detach().numpy().tobytes()
+
+
 def test_pad_is_eos_and_the_end_is_still_learned() -> None:
     eos = 5
     batch = whole_texts([{"input_ids": [0, 1, eos]}, {"input_ids": [2, eos]}])

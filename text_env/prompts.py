@@ -265,7 +265,8 @@ def load_prompts(
             line), `.csv` (a header with a column `prompt`), or `.txt` (one prompt per line), all
             UTF-8, blank lines skipped; or an iterable as in `PromptSet`.
         refused: A list that gets "file, line N: reason" for each bad prompt, which is then passed
-            over; None raises at the first one. (Bad CSV always raises: its lines hang together.)
+            over; None raises at the first one. The first good prompt says which columns there are.
+            (Bad CSV always raises: its lines hang together.)
 
     Returns:
         One dict per prompt: "prompt" and the further columns, the same ones in each.

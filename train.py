@@ -190,6 +190,9 @@ class PPO:
     """Weight of the value loss."""
     max_grad_norm: float = 0.5
     """Gradients are clipped to this norm."""
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    """NaN or infinity in a reward, value, loss or gradient: stop with an error before any
+    parameter changes, or leave the episode or minibatch out and count it."""
     save_every: int | None = None
     """Rollouts between saves of the policy; it is always saved at the end."""
     stop_on: list[str] = field(default_factory=list)
@@ -593,6 +596,7 @@ def train_policy(common: Common, settings: PPO) -> None:
             min_new_tokens=settings.min_new_tokens,
             missing_eos_penalty=settings.missing_eos_penalty,
             allowed_token_ids=tokens_of(vocabulary, tokenizer),
+            nonfinite_scores="pass" if settings.on_nonfinite == "skip" else "error",
         )
         model = TokenPPO(
             "CausalLMPolicy",
@@ -621,6 +625,7 @@ def train_policy(common: Common, settings: PPO) -> None:
             ref_lm=settings.reference,
             target_ref_kl=settings.target_ref_kl,
             kl_horizon=settings.kl_horizon,
+            on_nonfinite=settings.on_nonfinite,
             stats_window_size=max(100, settings.n_envs),
             seed=common.seed,
             device=device_of(common),
@@ -646,8 +651,15 @@ def train_policy(common: Common, settings: PPO) -> None:
         model.logger.close()
         rows = map(json.loads, read_lines(made / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
-        facts["episodes"] = sum(row["rollout/episodes"] for row in rows)
         facts["doctor"] = [finding.name for finding in doctor.findings]
+        facts["episodes"] = sum(row.get("rollout/episodes", 0) for row in rows)
+        steps = model.policy.guard.n_steps
+        if first and not (facts["episodes"] and steps):
+            raise RuntimeError(
+                f"nothing was trained: expected finished episodes and optimizer steps, got "
+                f"{facts['episodes']} and {steps} from {facts['tokens']} tokens; raise "
+                "total_timesteps, or n_steps to the length of an episode"
+            )
 
 
 def lora_of(settings: PPO) -> dict[str, float] | None:

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from agents import ranks
 from agents.masks import ActionMasks
+from agents.nonfinite import LARGEST, NonFiniteError
 from agents.sequences import PAD, TokenBatch, deal, n_minibatches, pad_right
 
 
@@ -74,6 +75,7 @@ class TokenRolloutBuffer(RolloutBuffer):
         self.whiten_advantages = whiten_advantages
         self.before_advantages: Callable[[], None] = lambda: None
         self.action_masks: ActionMasks | None = None
+        self.skip_nonfinite = False  # leave such sequences out, rather than raise
         self.in_step = False  # as many batches on each rank: sharded models run together
         super().__init__(
             buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs
@@ -91,6 +93,7 @@ class TokenRolloutBuffer(RolloutBuffer):
         self.segments: list[Segment] = []
         self._frozen: list[th.Tensor] = []
         self._first_minibatch = True
+        self.n_left_out, self.n_tokens_left_out = 0, 0  # sequences, tokens
         self.pos = 0
         self.full = False
 
@@ -142,14 +145,21 @@ class TokenRolloutBuffer(RolloutBuffer):
 
         Whitening takes mean and (unbiased) standard deviation over all tokens of the rollout,
         those of other ranks included.
+
+        Raises:
+            NonFiniteError: If a reward, value or log-probability is not finite, and its sequence
+                is not to be left out.
+            ValueError: If there is nothing to learn from.
         """
         if self.n_tokens == 0:
             raise ValueError(
                 "expected tokens to learn from, got none: all rows were held from the start; an "
                 "environment that holds ended rows needs whole_episodes=True"
             )
+        last = np.where(dones, 0, last_values.detach().cpu().numpy().reshape(-1))
+        self._leave_out_nonfinite(last)
         self.before_advantages()
-        self.estimate_advantages(last_values, dones)
+        self.estimate_advantages(self.to_torch(np.where(self.lengths[-1] > 0, last, 0)), dones)
         trained = self.lengths > 0
         everywhere = ranks.gather_tokens(self.to_torch(self.advantages[trained])).cpu().numpy()
         if self.whiten_advantages and len(everywhere) > 1:
@@ -159,6 +169,40 @@ class TokenRolloutBuffer(RolloutBuffer):
     def estimate_advantages(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """Fill `returns` and `advantages` by SB3's recursion (GAE)."""
         super().compute_returns_and_advantage(last_values, dones)
+
+    def _leave_out_nonfinite(self, last_values: np.ndarray) -> None:
+        """Leave out what was sampled with numbers that are not finite, or raise.
+
+        Args:
+            last_values: (n_envs,), what follows the rollout's last step; 0 where nothing does.
+        """
+        last = np.zeros_like(self.values)
+        last[-1] = last_values
+        numbers = {"reward": self.rewards, "value": self.values, "value of the rest": last}
+        numbers["log_prob"] = self.log_probs
+        bad = {name: ~(np.abs(array) <= LARGEST) for name, array in numbers.items()}
+        any_bad = np.any(list(bad.values()), axis=0) & (self.lengths > 0)
+        if not any_bad.any():
+            return
+        found = [s for s in self.segments if any_bad[s.start : s.end, s.row].any()]
+        if not self.skip_nonfinite:
+            step, row = np.argwhere(any_bad)[0]
+            source = next(name for name, at in bad.items() if at[step, row])
+            segment = next(s for s in found if s.row == row and s.start <= step < s.end)
+            written = self.actions[segment.start : step, row]
+            ids = np.concatenate((segment.context, written)).astype(np.int64)
+            raise NonFiniteError(source, float(numbers[source][step, row]), ids)
+        self._leave_out(found)
+
+    def _leave_out(self, segments: list[Segment]) -> None:
+        """Treat the steps of these segments as a held row's: nobody learns from them."""
+        places = {(s.row, s.start) for s in segments}
+        for s in segments:
+            for array in (self.rewards, self.values, self.log_probs, self.lengths):
+                array[s.start : s.end, s.row] = 0
+        self.segments = [s for s in self.segments if (s.row, s.start) not in places]
+        self.n_left_out += len(segments)
+        self.n_tokens_left_out += sum(s.n_tokens for s in segments)
 
     @property
     def n_tokens(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import GymEnv
 
-from agents.buffer import TokenRolloutBuffer
+from agents.buffer import Segment, TokenRolloutBuffer
 from agents.policy import CausalLMPolicy
 from agents.token_ppo import TokenPPO
 
@@ -51,6 +51,11 @@ class GroupRolloutBuffer(TokenRolloutBuffer):
         """Take `TokenRolloutBuffer`'s arguments, and what makes advantages of returns."""
         self.baseline = baseline
         super().__init__(*arguments, **further)
+
+    def _leave_out(self, segments: list[Segment]) -> None:
+        """Leave out all completions of their prompts: the others would be compared unfairly."""
+        keys = {s.context.tobytes() for s in segments}
+        super()._leave_out([s for s in self.segments if s.context.tobytes() in keys])
 
     def estimate_advantages(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """Give all tokens of an episode its return, and how it compares with its group.

@@ -26,6 +26,7 @@ from agents.frozen_layers import (
 )
 from agents.heads import Comparison, Head, TokenStatistics, compare, token_statistics
 from agents.lora import has_adapters, merged, without_adapters
+from agents.model_files import SAFELY, check_model_folder
 from agents.packed import PackedLinear, can_pack
 from agents.sequences import (
     PAD,
@@ -251,7 +252,8 @@ def load_named(lm: str) -> PreTrainedModel:
         ValueError: If nothing of that name can be loaded.
     """
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(lm, dtype=th.float32)
+        check_model_folder(lm)
+        loaded = AutoModelForCausalLM.from_pretrained(lm, dtype=th.float32, **SAFELY)
         return merged(loaded) if has_adapters(loaded) else loaded
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]

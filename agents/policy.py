@@ -25,7 +25,8 @@ from agents.language_model import LM, TokenModel, check_positions, load_lm
 from agents.lora import add_adapters
 from agents.masks import ActionMasks
 from agents.micro_batches import Evaluate, evaluate_in_parts
-from agents.ranks import agree_on_parts, gather_tokens, whole
+from agents.nonfinite import Guard, require_finite_logits
+from agents.ranks import agree_on_parts, gather_tokens
 from agents.sequences import (
     PAD,
     TokenBatch,
@@ -136,6 +137,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
                 raise ValueError("expected value_lm to be another model than lm: give a copy")
             check_positions(self.value_network.lm, observation_space.shape[0])
         self.value_only = False
+        self.guard = Guard()
         self.run_through(self.evaluate, nullcontext)
         valued = (self.value_network or self).lm
         self.value_head = nn.Linear(valued.config.get_text_config().hidden_size, 1)
@@ -189,7 +191,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
 
     def _watch_optimizer(self) -> None:
         """Check gradients before each of the optimizer's steps; forget what was decoded after."""
-        self.optimizer.register_step_pre_hook(require_finite_gradients)
+        self.optimizer.register_step_pre_hook(self.guard.before_step)
         self.optimizer.register_step_post_hook(lambda *_: self.forget())
 
     def forget(self) -> None:
@@ -320,8 +322,9 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             tokens, where there are several.
 
         Raises:
-            FloatingPointError: If a value or log-probability is not finite, or if the first
-                minibatch after a rollout does not give the log-probabilities that were sampled.
+            NonFiniteError: If one of them is not finite.
+            FloatingPointError: If the first minibatch after a rollout does not give the
+                log-probabilities that were sampled.
         """
         batch = obs if isinstance(obs, TokenBatch) else one_state_per_row(obs)
         actions = actions.long()
@@ -330,11 +333,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         values, log_prob, entropy = evaluate_in_parts(
             self._evaluate, batch, actions, n_parts, self._unsynchronised
         )
-        if not bool(th.isfinite(log_prob).all() & th.isfinite(values).all()):
-            raise FloatingPointError(
-                "log-probabilities or values are not finite; no parameter was changed by this "
-                "minibatch: lower the learning rate, or check the reward's scale"
-            )
+        self.guard.watch(batch, value=values, log_prob=log_prob, entropy=entropy)
         if batch.old_log_prob is not None:
             self._check_ratio(log_prob.detach(), batch.old_log_prob)
         return gather_tokens(values), gather_tokens(log_prob), gather_tokens(entropy)
@@ -387,6 +386,7 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         logits = head.logits(hidden)
         if masks is not None:
             mask_logits_(logits, head.places_in(masks[rows]))
+        require_finite_logits(logits, obs[rows])
         places = logits.argmax(dim=1) if deterministic else sample(logits)
         return rows, head.token_ids[places], hidden, logits, places
 
@@ -422,23 +422,6 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
         }
-
-
-def require_finite_gradients(optimizer: th.optim.Optimizer, *_: object) -> None:
-    """Stop before a step that would put NaN or infinity into the parameters.
-
-    Raises:
-        FloatingPointError: If a gradient is not finite.
-    """
-    gradients = [
-        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-    ]
-    norm = whole(th.nn.utils.get_total_norm(gradients))
-    if not bool(th.isfinite(norm)):
-        raise FloatingPointError(
-            f"the gradient's norm is {float(norm)}; no parameter was changed by this minibatch: "
-            "check the rewards and advantages, or lower the learning rate"
-        )
 
 
 def vocab_size_of(observation_space: spaces.Space, action_space: spaces.Space) -> int:

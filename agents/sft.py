@@ -95,6 +95,7 @@ def warm_start(
     Raises:
         ValueError: If there is no EOS token, there are fewer than two texts, or model,
             tokenizer and settings do not fit together.
+        FloatingPointError: If the loss is not finite; nothing was learned from that batch.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("expected a tokenizer with an EOS token, got none: texts could not end")
@@ -164,7 +165,13 @@ class _TextTrainer(Trainer):
     def compute_loss(
         self, model: th.nn.Module, inputs: TokenBatch, *args: Any, **kwargs: Any
     ) -> th.Tensor:
-        return -self.learner.log_probs(inputs).mean()
+        loss = -self.learner.log_probs(inputs).mean()
+        if not bool(loss.isfinite()):
+            raise FloatingPointError(
+                f"expected a finite loss, got {float(loss)} at step {self.state.global_step}; no "
+                "parameter was changed by it: lower the learning rate"
+            )
+        return loss
 
     def _prepare_inputs(self, inputs: TokenBatch) -> TokenBatch:
         return TokenBatch(*(x.to(self.learner.lm.device) for x in inputs[:3]))

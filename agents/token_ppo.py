@@ -6,6 +6,8 @@ penalty on its divergence, and what a rollout of text can tell.
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +34,7 @@ from agents.kl import KLController, kl_estimates
 from agents.language_model import LM, Reference, load_lm
 from agents.lora import has_adapters
 from agents.masks import ActionMasks
+from agents.nonfinite import NonFiniteError, checked_choice
 from agents.policy import CausalLMPolicy
 from agents.sequences import PAD, TokenBatch
 
@@ -70,6 +73,7 @@ class TokenPPO(PPO):
             `on_rollout_end` is called).
         kl: The controller of β; `kl.coef` is where to change it (with several processes, on rank
             0, where callbacks run; other settings must be changed on all).
+        nonfinite_skipped: Sequences and minibatches left out so far, with `on_nonfinite="skip"`.
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {"CausalLMPolicy": CausalLMPolicy}
@@ -117,6 +121,7 @@ class TokenPPO(PPO):
         whole_episodes: bool = False,
         value_warmup: int = 0,
         shard: bool = False,
+        on_nonfinite: str = "raise",
     ) -> None:
         """Set up training; SB3's arguments mean what they mean in SB3, with these differences.
 
@@ -160,6 +165,10 @@ class TokenPPO(PPO):
                 what it shares with the value, stays as it is.
             shard: With several processes, split weights, gradients and optimizer state over them
                 (FSDP2) rather than keep a copy in each (DDP).
+            on_nonfinite: What NaN and infinity do, before any parameter changes: "raise" an
+                error that names source, text and step, or "skip": the episode with such a
+                reward or value is left out, or the minibatch with such a loss or gradient, and
+                counted in `train/nonfinite_skipped`. Logits that are not finite always raise.
 
         Raises:
             ValueError: If an argument is out of range, the policy has no `lm`, or the environment
@@ -185,6 +194,8 @@ class TokenPPO(PPO):
         self.reference: Reference | None = None
         self.whole_episodes = whole_episodes
         self.value_warmup = value_warmup
+        self.on_nonfinite = checked_choice(on_nonfinite, ranks.world_size())
+        self.nonfinite_skipped = 0
         self.finished_episodes: list[dict[str, Any]] = []
         with warnings.catch_warnings():
             # Whole sequences fill minibatches as well as may be: no size divides them evenly.
@@ -230,6 +241,8 @@ class TokenPPO(PPO):
             self.set_logger(Logger(None, []))
         self.rollout_buffer.before_advantages = self._finish_rollout
         self.rollout_buffer.in_step = self.shard
+        skip = self.on_nonfinite == "skip"
+        self.rollout_buffer.skip_nonfinite = self.policy.guard.skip = skip
         if self.env is not None:
             self._allow_tokens_of(self.env)
         if self.kl.coef > 0 or self.ref_lm is not None:
@@ -315,7 +328,8 @@ class TokenPPO(PPO):
         self._open_kl[self._last_episode_starts] = 0
         self._collecting = True
         try:
-            going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            with self._saying_where():
+                going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         finally:
             self._collecting = False
         if not going_on:  # within the rollout, where the others' tokens are an estimate
@@ -350,10 +364,18 @@ class TokenPPO(PPO):
 
     def train(self) -> None:
         """Update the policy by SB3's `train`, whose explained variance would count held rows."""
-        super().train()
+        buffer = self.rollout_buffer
+        if buffer.segments:
+            with self._saying_where():
+                super().train()
+        if self.on_nonfinite == "skip":
+            self.nonfinite_skipped += buffer.n_left_out + self.policy.guard.n_skipped
+            self.policy.guard.n_skipped = 0
+            self.logger.record("train/nonfinite_skipped", self.nonfinite_skipped)
+            if not buffer.segments:
+                return
         if self.shard:
             self.policy.gather()
-        buffer = self.rollout_buffer
         trained = buffer.lengths > 0
         explained = explained_variance(
             *(
@@ -362,6 +384,18 @@ class TokenPPO(PPO):
             )
         )
         self.logger.record("train/explained_variance", explained)
+
+    @contextmanager
+    def _saying_where(self) -> Iterator[None]:
+        """Let errors about numbers that are not finite name the text and the step."""
+        try:
+            yield
+        except NonFiniteError as error:
+            text = None
+            if error.ids is not None and self.env is not None and self.env.has_attr("tokenizer"):
+                text = self.env.get_attr("tokenizer")[0].decode(error.ids)
+            error.say_where(text, self.num_timesteps)
+            raise
 
     def _set_value_only(self) -> None:
         """Let the value learn alone in the first updates, if it is to."""
@@ -393,7 +427,10 @@ class TokenPPO(PPO):
     ) -> None:
         """Keep SB3's statistics, and the episodes that ended at this step."""
         if ranks.world_size() == 1:
-            super()._update_info_buffer(infos, dones)
+            returns = [info.get("episode", {}).get("r", 0.0) for info in infos]
+            fine = np.isfinite(returns) | (self.on_nonfinite == "raise")
+            known = [info if ok else {} for info, ok in zip(infos, fine, strict=True)]
+            super()._update_info_buffer(known, dones)
         for row in np.flatnonzero(dones if dones is not None else []):
             place = {"step": self.rollout_buffer.pos, "row": int(row)}
             self.finished_episodes.append({**infos[row], **place})
@@ -406,15 +443,27 @@ class TokenPPO(PPO):
     def _finish_rollout(self) -> None:
         """Subtract the KL penalty from the rollout's rewards, and log what the rollout shows."""
         self.policy.forget()  # its cache is the largest thing there is, and of no more use
-        self._num_timesteps = self._tokens_before + int(ranks.total(self.rollout_buffer.n_tokens))
+        written = self.rollout_buffer.n_tokens + self.rollout_buffer.n_tokens_left_out
+        self._num_timesteps = self._tokens_before + int(ranks.total(written))
+        if not self.rollout_buffer.segments:
+            self.finished_episodes = []
+            self._open_kl[:] = 0
+            return
         if self.policy.n_frozen:
             self.rollout_buffer.keep_frozen(self.policy.run_frozen, self.batch_size)
         ref_log_probs, exact = self._second_look()
         buffer = self.rollout_buffer
         log_ratio = buffer.log_probs - ref_log_probs
+        if not np.isfinite(log_ratio).all():
+            step, row = np.argwhere(~np.isfinite(log_ratio))[0]
+            segment = next(s for s in buffer.segments if s.row == row and s.start <= step < s.end)
+            raise NonFiniteError("reference", float(log_ratio[step, row]), segment.context)
         if self.reference is not None:
             buffer.rewards -= self.kl.coef * log_ratio
             self._sum_per_episode(log_ratio)
+        self.finished_episodes = [
+            e for e in self.finished_episodes if buffer.lengths[e["step"], e["row"]] > 0
+        ]  # but for those left out
         self._share_episodes()
         self._log_episodes()
         if self.reference is None:

@@ -20,6 +20,8 @@ from reward_models.feedback.records import (
 )
 from reward_models.feedback.simulated import SimulatedAnnotator
 from reward_models.feedback.weights import agreement_weights
+from reward_models.http_reward import HTTPRewardError, HTTPRewardModel
+from reward_models.http_server import reward_server
 from reward_models.terms import (
     LengthReward,
     LexiconSentiment,
@@ -27,6 +29,7 @@ from reward_models.terms import (
     distinct_n,
     repetition,
 )
+from reward_models.time_limit import TimeLimitedReward
 
 if TYPE_CHECKING:
     from reward_models.ensemble import RewardEnsemble, load_reward_model
@@ -36,6 +39,8 @@ __all__ = [
     "AssetError",
     "Comparison",
     "Feedback",
+    "HTTPRewardError",
+    "HTTPRewardModel",
     "Label",
     "LearnedRewardModel",
     "LengthReward",
@@ -45,6 +50,7 @@ __all__ = [
     "RewardEnsemble",
     "RewardFunction",
     "SimulatedAnnotator",
+    "TimeLimitedReward",
     "WeightedSum",
     "agreement_weights",
     "checked_scores",
@@ -52,6 +58,7 @@ __all__ = [
     "load_reward_model",
     "read_feedback",
     "repetition",
+    "reward_server",
     "write_feedback",
 ]
 

@@ -43,9 +43,12 @@ def checked_scores(scores: Sequence[float], completions: Sequence[str]) -> np.nd
         The scores, float64, shape (B,).
 
     Raises:
-        ValueError: if their number is wrong or one of them is not finite.
+        ValueError: if their number is wrong or one of them is not a finite number.
     """
-    array = np.asarray(scores, dtype=np.float64)
+    array = np.asarray(scores)
+    if array.dtype.kind not in "biuf":  # strings that look like numbers, None, huge integers
+        raise ValueError(f"expected numbers, got {str(scores)[:60]}")
+    array = array.astype(np.float64)
     if array.shape != (len(completions),):
         raise ValueError(
             f"expected {len(completions)} scores, one per completion, got shape {array.shape}"

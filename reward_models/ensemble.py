@@ -23,6 +23,7 @@ from reward_models.feedback.records import Feedback
 from reward_models.fitting import split
 from reward_models.held_out import distinct_texts, held_out_report
 from reward_models.learned import FitReport, LearnedRewardModel, Normalization
+from reward_models.model_files import require_plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -97,16 +98,18 @@ class RewardEnsemble:
 
         Raises:
             OSError: if there is no ensemble there.
-            ValueError: if its side file is broken.
+            ValueError: if its side file is broken, or names a folder elsewhere.
         """
         file = Path(path) / _SIDE_FILE
         try:
             side = json.loads(file.read_text(encoding="utf-8"))
             names, penalty = list(side["members"]), float(side["penalty"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{file}: expected what RewardEnsemble.save wrote ({error})"
             ) from error
+        for name in names:
+            require_plain_name(name, file)
         return cls([LearnedRewardModel.load(Path(path) / name, device) for name in names], penalty)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch as th
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -40,6 +41,7 @@ from reward_models.fitting import (
 )
 from reward_models.held_out import distinct_texts, held_out_report
 from reward_models.loss import expected_share
+from reward_models.model_files import SAFELY, check_model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -137,12 +139,21 @@ class LearnedRewardModel:
 
         Raises:
             OSError: if there is no model there.
+            ValueError: if its files are damaged, or not what they should be.
         """
-        with own_random_numbers(seed):
-            model = AutoModelForSequenceClassification.from_pretrained(
-                path_or_id, num_labels=1, dtype=th.float32, ignore_mismatched_sizes=True
-            )
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id)
+        check_model_folder(Path(path_or_id))
+        try:
+            with own_random_numbers(seed):
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    path_or_id,
+                    num_labels=1,
+                    dtype=th.float32,
+                    ignore_mismatched_sizes=True,
+                    **SAFELY,
+                )
+        except SafetensorError as error:
+            raise ValueError(f"{path_or_id}: expected weights as safetensors, {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
         tokenizer.truncation_side = "left"
         tokenizer.padding_side = "right"  # a decoder's head reads the last token that is no padding
         if tokenizer.pad_token is None:
@@ -164,7 +175,7 @@ class LearnedRewardModel:
             ValueError: if it has no head yet, or one with several labels.
         """
         side = _read_side_file(Path(path_or_id) / _SIDE_FILE)
-        config = AutoConfig.from_pretrained(path_or_id)
+        config = AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
         if config.num_labels != 1 or not _is_classifier(config):
             raise ValueError(
                 f"{path_or_id}: expected a classifier with one label, got one with no head or with "
@@ -172,7 +183,7 @@ class LearnedRewardModel:
             )
         reward_model = cls.from_pretrained(path_or_id, device, side.get("max_length"))
         if "normalization" in side:
-            reward_model.normalization = Normalization(**side["normalization"])
+            reward_model.normalization = side["normalization"]
         if side.get("scale"):
             reward_model.scale = (side["scale"][0], side["scale"][1])
         reward_model.tie_threshold = side.get("tie_threshold")
@@ -436,8 +447,15 @@ def _read_side_file(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        side = json.loads(path.read_text(encoding="utf-8"))
+        normalization = Normalization(**side.get("normalization", {}))
+        if not (math.isfinite(normalization.mean) and 0 < normalization.sd < math.inf):
+            raise ValueError(f"expected a finite mean and sd > 0, got {normalization}")
+        scale = side.get("scale")
+        if scale and not -math.inf < scale[0] < scale[1] < math.inf:
+            raise ValueError(f"expected scale [lowest, highest], got {scale}")
+        return {**side, "normalization": normalization, "scale": scale}
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected what LearnedRewardModel.save wrote ({error})"
         ) from error

@@ -4,6 +4,7 @@ import pytest
 import torch as th
 from conftest import letter_tokenizer, tiny_gpt2, tiny_llama
 
+from agents import sft
 from agents.sft import warm_start, whole_texts
 
 TEXTS = ["abc", "abcabc", "abcabcabc", "abcabcabcabc"] * 25
@@ -48,6 +49,18 @@ def test_only_the_last_layers_learn() -> None:
     assert moved and all(n.startswith(("model.layers.2.", "model.norm.")) for n in moved)
     with pytest.raises(ValueError, match="trainable_layers >= 0 of the 3 layers"):
         warm_start(lm, tokenizer, TEXTS, trainable_layers=-1)
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_parameter_changes(
+    tokenizer, monkeypatch
+) -> None:
+    lm = tiny_gpt2(len(tokenizer))
+    before = [p.clone() for p in lm.parameters()]
+    right = sft._Learner.log_probs
+    monkeypatch.setattr(sft._Learner, "log_probs", lambda *given: right(*given) * float("nan"))
+    with pytest.raises(FloatingPointError, match="expected a finite loss, got nan at step 0"):
+        warm_start(lm, tokenizer, TEXTS, max_steps=2)
+    assert all(old.equal(new) for old, new in zip(before, lm.parameters(), strict=True))
 
 
 def test_pad_is_eos_and_the_end_is_still_learned() -> None:

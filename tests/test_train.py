@@ -1,6 +1,7 @@
 """The command line: every stage on a user's own files and tiny local models, and its refusals."""
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -259,6 +260,48 @@ def test_a_run_looks_for_its_files_before_the_first_stage(own, tmp_path, capsys)
     error = capsys.readouterr().err
     assert "evaluate.prompts: expected a file" in error and "nope.txt" in error
     assert not (tmp_path / "run/sft").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ("--total_timesteps 0 --n_steps 16", "got 0 and 0 from 0 tokens"),
+        ("--total_timesteps 16 --n_steps 2", "got 0 and [1-9]+ from 16 tokens"),
+    ],
+)
+def test_a_run_that_trained_nothing_fails(own, tmp_path, capsys, settings, found) -> None:
+    line = (
+        f"ppo --run {tmp_path} --policy {own}/lm --reward_model {own}/encoder --n_envs 8 "
+        f"--prompts {own}/prompts.txt --batch_size 16 --max_new_tokens 12 --trainable_layers null "
+        f"--device cpu --dtype float32 {settings}"
+    )
+    assert train.main(line.split()) == 1
+    assert re.search(f"nothing was trained: .*{found}", capsys.readouterr().err)
+    assert not (tmp_path / "policy").exists() and not (tmp_path / "stages").exists()
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+def test_a_reward_model_that_gives_nan(own, tmp_path, capsys, on_nonfinite) -> None:
+    """The stage fails either way, as nothing can be learned; with "skip" after the last token."""
+    broken = BertForSequenceClassification.from_pretrained(own / "encoder")
+    broken.classifier.bias.data.fill_(float("nan"))
+    broken.save_pretrained(tmp_path / "nan")
+    for file in own.glob("encoder/*token*"):
+        shutil.copy(file, tmp_path / "nan")
+    line = (
+        f"ppo --run {tmp_path} --policy {own}/lm --reward_model {tmp_path}/nan --n_envs 4 "
+        f"--prompts {own}/prompts.txt --max_new_tokens 8 --trainable_layers null --device cpu "
+        f"--dtype float32 --total_timesteps 32 --on_nonfinite {on_nonfinite}"
+    )
+    assert train.main(line.split()) == 1
+    error = capsys.readouterr().err
+    if on_nonfinite == "raise":
+        assert "expected a finite number, got nan for the completion" in error
+    else:
+        assert "nothing was trained" in error
+        row = json.loads((tmp_path / "ppo.unfinished/metrics.jsonl").read_text().splitlines()[-1])
+        assert row.get("rollout/episodes", 0) == 0
+    assert not (tmp_path / "policy").exists()
 
 
 def test_help_is_instant_and_imports_no_torch() -> None:

@@ -77,6 +77,8 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
     - `shuffle=True`: with False the prompts come in their own order, from the first after a seeded
       reset; the rows of a batch share them out.
     - `skip_special_tokens=True`: whether completions leave out special tokens.
+    - `nonfinite_scores="error"`: or "pass", which pays NaN and infinity as they are, to an agent
+      that leaves such episodes out (`TokenPPO(on_nonfinite="skip")`).
     - `texts`, `rewards`, `fit_reward`: instead of `prompts` and `reward_fn`. Texts with a score
       each, and a callable that makes a reward function of the two; prompts are the texts'
       beginnings.

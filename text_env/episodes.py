@@ -270,7 +270,9 @@ class Episodes:
             for name in self.task.prompts.column_names
         }
         texts = [prompt.text for prompt in prompts]
-        scores = score(self.task.reward_fn, texts, list(completions), columns)
+        scores = score(
+            self.task.reward_fn, texts, list(completions), columns, self.task.allow_nonfinite
+        )
         n_tokens = self.lengths[rows] - self.prompt_lengths[rows]
         return {
             int(row): {

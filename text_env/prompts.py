@@ -5,13 +5,14 @@ Leaves out everything that happens after the prompt (`episodes`) and the vocabul
 
 import csv
 import hashlib
-import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+
+from text_env.lines import json_lines, refuse, text_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -254,13 +255,18 @@ class FixedOrder:
         self._next = state["next"]
 
 
-def load_prompts(source: str | Path | Iterable[Any]) -> list[Record]:
+def load_prompts(
+    source: str | Path | Iterable[Any], refused: list[str] | None = None
+) -> list[Record]:
     """Read prompts from a file or an iterable.
 
     Args:
         source: A path that ends in `.jsonl` (one object with the key "prompt", or one text, per
             line), `.csv` (a header with a column `prompt`), or `.txt` (one prompt per line), all
             UTF-8, blank lines skipped; or an iterable as in `PromptSet`.
+        refused: A list that gets "file, line N: reason" for each bad prompt, which is then passed
+            over; None raises at the first one. The first good prompt says which columns there are.
+            (Bad CSV always raises: its lines hang together.)
 
     Returns:
         One dict per prompt: "prompt" and the further columns, the same ones in each.
@@ -270,7 +276,7 @@ def load_prompts(source: str | Path | Iterable[Any]) -> list[Record]:
         ValueError: No prompt, a malformed one (named by file and line), or an unknown file type.
     """
     if isinstance(source, str | Path):
-        places_and_items = _read_file(Path(source))
+        places_and_items = _read_file(Path(source), refused)
     elif isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise ValueError(
             f"prompts: expected a path or an iterable of prompts, got {type(source).__name__}"
@@ -279,35 +285,46 @@ def load_prompts(source: str | Path | Iterable[Any]) -> list[Record]:
         places_and_items = ((f"prompt {i}", item) for i, item in enumerate(source))
     records: list[Record] = []
     for place, item in places_and_items:
-        records.append(_record(item, place))
-        _check_columns(records[-1], _column_names(records[0]), place)
+        try:
+            record = _record(item, place)
+            _check_columns(record, _column_names(records[0] if records else record), place)
+        except ValueError as error:
+            refuse(str(error), refused, error)
+        else:
+            records.append(record)
     if not records:
         name = f"the file {source}" if isinstance(source, str | Path) else "an empty set"
         raise ValueError(f"prompts: expected at least one prompt, got none from {name}")
     return records
 
 
-def load_texts(path: str | Path) -> list[str]:
+def load_texts(path: str | Path, refused: list[str] | None = None) -> list[str]:
     """Read whole texts, to learn the language from.
 
     Args:
         path: A `.txt` (one text per line), or a `.jsonl` or `.csv` whose lines have the key
             `text`, or `prompt` and `completion`, which are joined.
+        refused: As for `load_prompts`.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: No text, or a malformed one (named by file and line).
     """
     texts = []
-    for place, item in _read_file(Path(path)):
-        if isinstance(item, Mapping) and "text" not in item and "completion" in item:
-            item = {"text": f"{item.get('prompt', '')}{item['completion']}"}
-        text = item.get("text") if isinstance(item, Mapping) else item
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(
+    for place, item in _read_file(Path(path), refused):
+        parts = [item]
+        if isinstance(item, Mapping):
+            parts = [item.get("text")]
+            if "text" not in item and "completion" in item:
+                parts = [item.get("prompt", ""), item["completion"]]
+        text = "".join(part for part in parts if isinstance(part, str))
+        if not all(isinstance(part, str) for part in parts) or not text.strip():
+            refuse(
                 f'{place}: expected a text, or the key "text", or "prompt" and "completion", '
-                f"got {shorten(str(item))}"
+                f"got {_shown(item)}",
+                refused,
             )
+            continue
         texts.append(text)
     if not texts:
         raise ValueError(f"expected at least one text, got none from the file {path}")
@@ -406,9 +423,13 @@ def _is_chat(item: Any) -> bool:
     )
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_file(path: Path, refused: list[str] | None = None) -> Iterator[tuple[str, Any]]:
     """Items of a file, each with its place for error messages."""
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}
+    readers: dict[str, Callable[..., Iterator[tuple[str, Any]]]] = {
+        ".jsonl": json_lines,
+        ".csv": _read_csv,
+        ".txt": _read_txt,
+    }
     if path.suffix not in readers:
         raise ValueError(
             f"prompts: expected a file that ends in {', '.join(readers)}, got {str(path)!r}; "
@@ -418,35 +439,12 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
         raise FileNotFoundError(
             f"prompts: expected a file, got {str(path)!r}, which does not exist"
         )
-    yield from readers[path.suffix](path)
+    yield from readers[path.suffix](path, refused)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and lines without their ends; splits at newlines only, not at U+2028."""
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: expected UTF-8, got {error}") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in _lines(path):
-        if line.strip():
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected a JSON object, "
-                    f"got {shorten(line)} ({error.msg})"
-                ) from None
-            yield f"{path}, line {number}", item
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_csv(path: Path, _: list[str] | None) -> Iterator[tuple[str, Any]]:
     # newlines within quotes belong to the field, so the reader gets lines with their ends
-    reader = csv.DictReader((line + "\n" for _, line in _lines(path)), strict=True)
+    reader = csv.DictReader((line + "\n" for _, line in text_lines(path)), strict=True)
     try:
         for row in reader:
             place = f"{path}, line {reader.line_num}"
@@ -459,8 +457,15 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path}, line {reader.line_num}: expected CSV, got {error}") from None
 
 
-def _read_txt(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in _lines(path):
+def _shown(item: Any) -> str:
+    """What an item is, for an error message, however large or deep it is."""
+    if isinstance(item, Mapping):
+        return f"the keys {sorted(map(str, item))}"
+    return shorten(item) if isinstance(item, str) else type(item).__name__
+
+
+def _read_txt(path: Path, refused: list[str] | None) -> Iterator[tuple[str, Any]]:
+    for number, line in text_lines(path, refused):
         if line.strip():
             yield f"{path}, line {number}", line
 

@@ -50,34 +50,69 @@ def load_reward(reward_fn: "RewardFunction | str") -> RewardFunction:
     return reward_fn
 
 
+class RewardError(RuntimeError):
+    """A reward function raised an error, which is this one's cause."""
+
+
 def score(
     reward_fn: RewardFunction,
     prompts: list[str],
     completions: list[str],
     columns: dict[str, list[Any]],
+    allow_nonfinite: bool = False,
 ) -> list[float]:
     """Call the reward function once and check its answer.
 
+    Args:
+        reward_fn: What to call.
+        prompts: B prompts.
+        completions: B completions.
+        columns: Further columns, B values each.
+        allow_nonfinite: Hand NaN and infinity on, to an agent that leaves such episodes out.
+
     Raises:
-        ValueError: Not one finite number per completion; the message names the prompt.
+        RewardError: The function raised an error.
+        ValueError: Not one finite number per completion. Either message names the prompt.
     """
-    answer: Any = reward_fn(prompts=prompts, completions=completions, **columns)
+    first = f"first of {len(prompts)} prompts {shorten(prompts[0])}"
+    try:
+        answer: Any = reward_fn(prompts=prompts, completions=completions, **columns)
+    except Exception as error:
+        name = getattr(reward_fn, "__name__", type(reward_fn).__name__)
+        raise RewardError(
+            f"reward_fn: {name} raised {type(error).__name__}: {error} ({first})"
+        ) from error
     values = answer.tolist() if hasattr(answer, "tolist") else answer  # arrays and tensors
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise ValueError(
             f"reward_fn: expected a sequence of {len(prompts)} numbers, "
-            f"got {type(answer).__name__} (first prompt {shorten(prompts[0])})"
+            f"got {type(answer).__name__} ({first})"
         )
     if len(values) != len(prompts):
         raise ValueError(
             f"reward_fn: expected {len(prompts)} scores, one per completion, got {len(values)} "
-            f"(first prompt {shorten(prompts[0])})"
+            f"({first})"
         )
     scores = [value.item() if hasattr(value, "item") else value for value in values]
     for value, prompt, completion in zip(scores, prompts, completions, strict=True):
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        if not isinstance(value, numbers.Real) or not (_is_float32(value) or allow_nonfinite):
             raise ValueError(
-                f"reward_fn: expected a finite number, got {value!r} for the completion "
-                f"{shorten(completion)} of the prompt {shorten(prompt)}"
+                f"reward_fn: expected a finite number, got {shorten(repr(value))[1:-1]} for the "
+                f"completion {shorten(completion)} of the prompt {shorten(prompt)}"
             )
-    return [float(value) for value in scores]
+    return [float(value) if _is_float32(value) else _infinite(value) for value in scores]
+
+
+def _is_float32(value: Any) -> bool:
+    """Whether a number is finite as agents and libraries store it, in float32."""
+    return -LARGEST <= value <= LARGEST  # false for NaN
+
+
+def _infinite(value: Any) -> float:
+    if value != value:
+        return math.nan
+    return math.inf if value > 0 else -math.inf
+
+
+LARGEST = 3.4028234663852886e38
+"""The largest number in float32."""

@@ -52,6 +52,7 @@ class TextTask:
         obs_dtype: str = "int64",
         shuffle: bool = True,
         skip_special_tokens: bool = True,
+        nonfinite_scores: str = "error",
         texts: Sequence[str] | None = None,
         rewards: Sequence[float] | None = None,
         fit_reward: Callable[[Sequence[str], Sequence[float]], RewardFunction] | None = None,
@@ -59,6 +60,10 @@ class TextTask:
         _check_budget(max_new_tokens, min_new_tokens)
         if obs_dtype not in ("int64", "float32"):
             raise ValueError(f'obs_dtype: expected "int64" or "float32", got {obs_dtype!r}')
+        if nonfinite_scores not in ("error", "pass"):
+            raise ValueError(
+                f'nonfinite_scores: expected "error" or "pass", got {nonfinite_scores!r}'
+            )
         if not (math.isfinite(missing_eos_penalty) and missing_eos_penalty >= 0):
             raise ValueError(
                 f"missing_eos_penalty: expected a number >= 0, got {missing_eos_penalty}; "
@@ -82,6 +87,7 @@ class TextTask:
             raise ValueError("min_new_tokens: expected a token that may come before EOS, got none")
         self.prompts = PromptSet(prompts, self.tokenizer, max_prompt_tokens, prompt_too_long)
         self.reward_fn = load_reward(reward_fn)
+        self.allow_nonfinite = nonfinite_scores == "pass"
         self.max_prompt_tokens = self.prompts.max_tokens
         self.max_new_tokens = max_new_tokens
         self.min_new_tokens = min_new_tokens

@@ -155,7 +155,9 @@ def load_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase") -> "PreTra
     from transformers import AutoTokenizer  # takes seconds: only when there is something to load
 
     try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(tokenizer))
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(tokenizer), trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_models.atomic import atomic_file
+from reward_models.feedback.json_lines import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -131,25 +132,21 @@ _KIND_BY_KEY: dict[str, type[Feedback]] = {
 }
 
 
-def read_feedback(path: str | os.PathLike[str]) -> list[Feedback]:
+def read_feedback(path: str | os.PathLike[str], refused: list[str] | None = None) -> list[Feedback]:
     """Read records from a JSON lines file.
 
     Empty lines and unknown keys are passed over (preference data sets often have further
     columns); a missing `prompt` is the empty one.
 
+    Args:
+        path: the file.
+        refused: a list that gets "file, line N: reason" for each bad line, which is then passed
+            over; None raises at the first one.
+
     Raises:
         ValueError: if a line is not a record; the message begins with file and line number.
     """
-    records = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                records.append(_parse(line.decode("utf-8-sig" if number == 1 else "utf-8")))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-    return records
+    return list(read_json_lines(path, _record, refused))
 
 
 def write_feedback(path: str | os.PathLike[str], records: Iterable[Feedback]) -> Path:
@@ -166,13 +163,9 @@ def write_feedback(path: str | os.PathLike[str], records: Iterable[Feedback]) ->
     return Path(path)
 
 
-def _parse(line: str) -> Feedback:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"expected a JSON object, got {_excerpt(line)} ({error})") from error
+def _record(values: Any) -> Feedback:
     if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object, got {_excerpt(line)}")
+        raise ValueError(f"expected a JSON object, got {_excerpt(str(values))}")
     kinds = [kind for key, kind in _KIND_BY_KEY.items() if key in values]
     if len(kinds) != 1:
         raise ValueError(
@@ -204,9 +197,12 @@ def _check_texts(record: Feedback) -> None:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"expected {name} to be a finite number, got {value!r}")
-    return float(value)
+    try:
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"expected {name} to be a finite number, got {_excerpt(repr(value))}")
+        return float(value)
+    except OverflowError as error:  # a whole number of hundreds of digits
+        raise ValueError(f"expected {name} to be a finite number, got a huge one") from error
 
 
 def _excerpt(text: str, length: int = 60) -> str:

@@ -4,13 +4,14 @@ Which task goes to whom is decided by the store. Sampling completions from a pol
 here: whoever has the samples hands them over as text.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, TypeGuard, get_args
+
+from reward_models.feedback.json_lines import read_json_lines
 
 Kind = Literal["comparison", "rating", "label"]
 
@@ -160,7 +161,9 @@ def swap_choice(answer: AnswerValue) -> AnswerValue:
     return answer
 
 
-def tasks_from_jsonl(path: str | os.PathLike[str], kind: Kind) -> list[Task]:
+def tasks_from_jsonl(
+    path: str | os.PathLike[str], kind: Kind, refused: list[str] | None = None
+) -> list[Task]:
     """Read tasks from a JSON lines file.
 
     A line is `{"prompt", "completions": [...]}`, `{"prompt", "completion"}` or, for comparisons,
@@ -169,20 +172,17 @@ def tasks_from_jsonl(path: str | os.PathLike[str], kind: Kind) -> list[Task]:
     and equal ones none. `origins` (one per completion), `gold`, `scale` and `uncertainty` may
     stand beside them; a missing `prompt` is the empty one, and other keys are passed over.
 
+    Args:
+        path: the file.
+        kind: of the tasks.
+        refused: a list that gets "file, line N: reason" for each bad line, which is then passed
+            over; None raises at the first one.
+
     Raises:
         ValueError: if a line is not a task; the message begins with file and line number.
     """
-    tasks = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                tasks.extend(_tasks_of_line(json.loads(text), kind))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-    return tasks
+    groups = read_json_lines(path, lambda values: _tasks_of_line(values, kind), refused)
+    return [task for tasks in groups for task in tasks]
 
 
 def tasks_from_completions(

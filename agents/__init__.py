@@ -7,6 +7,9 @@ from stable_baselines3 import A2C, PPO
 
 from agents.buffer import TokenRolloutBuffer
 from agents.callbacks import SampleTextCallback, SavePretrainedCallback
+from agents.checkpoint import DamagedCheckpoint
+from agents.checkpoint_callback import CheckpointFolderCallback, StoppedBySignal
+from agents.checkpoint_store import CheckpointStore, newest_whole
 from agents.critic_free import TokenA2C, TokenGRPO, TokenRLOO
 from agents.lm_reader import LMReader
 from agents.lm_wrappers import LMFeatures, TopKActions, VecLMFeatures, VecTopKActions
@@ -19,10 +22,14 @@ for _algorithm in (A2C, PPO):
 
 __all__ = [
     "CausalLMPolicy",
+    "CheckpointFolderCallback",
+    "CheckpointStore",
+    "DamagedCheckpoint",
     "LMFeatures",
     "LMReader",
     "SampleTextCallback",
     "SavePretrainedCallback",
+    "StoppedBySignal",
     "TokenA2C",
     "TokenEmbeddingExtractor",
     "TokenGRPO",
@@ -32,4 +39,5 @@ __all__ = [
     "TopKActions",
     "VecLMFeatures",
     "VecTopKActions",
+    "newest_whole",
 ]

@@ -86,13 +86,24 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Tensors]:
     """
     folder = found_at(path)
     files = verify(folder)
-    state = json.loads((folder / STATE).read_bytes().decode("utf-8", "surrogatepass"))
     tensors = {
         name.removesuffix(TENSORS): load_file(folder / name)
         for name in files
         if name.endswith(TENSORS)
     }
-    return state, tensors
+    return _state_in(folder), tensors
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Verify a checkpoint and read its state alone."""
+    folder = found_at(path)
+    verify(folder)
+    return _state_in(folder)
+
+
+def _state_in(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / STATE).read_text("utf-8", "surrogatepass"))
+    return state
 
 
 def found_at(path: str | Path) -> Path:

@@ -40,12 +40,16 @@ class CheckpointStore:
             step: Tokens so far.
             write: Makes a checkpoint at a path.
         """
-        path = self.folder / f"{PREFIX}{step:08d}"
+        path = self.path_of(step)
         if path.exists() and not is_whole(path):
             discard(path)
         write(path)
         self.prune()
         return path
+
+    def path_of(self, step: int) -> Path:
+        """Return where the checkpoint of a step is, if there is one."""
+        return self.folder / f"{PREFIX}{step:08d}"
 
     def prune(self) -> None:
         """Remove all but the last few and the best, and what crashes left behind."""

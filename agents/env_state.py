@@ -71,7 +71,9 @@ def set_env_state(env: VecEnv, state: Any) -> None:
         env.set_state(state["rows"])  # type: ignore[attr-defined]
         return
     if len(state["rows"]) != env.num_envs:
-        raise ValueError(f"expected an environment of {len(state['rows'])} rows, got {env.num_envs}")
+        raise ValueError(
+            f"expected an environment of {len(state['rows'])} rows, got {env.num_envs}"
+        )
     for i, (row, layers) in enumerate(zip(env.envs, state["inner"], strict=True)):
         chain = _chain(row)
         if chain is None or [type(layer).__name__ for layer in chain] != [x["of"] for x in layers]:

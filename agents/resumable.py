@@ -7,6 +7,8 @@ same point as one that loads the checkpoint.
 """
 
 import time
+import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,16 +38,18 @@ from agents.random_state import set_random_states
 from agents.training_state import (
     COUNTERS,
     Stored,
+    chosen,
     parameters_in,
     rebuilt_attributes,
     set_parameters,
+    set_reference,
     training_state,
     warn_of_another_machine,
 )
 
 PICKLE = (
-    "which holds pickles: loading one runs whatever code is in it. Pass allow_pickle=True if you "
-    "trust where it comes from"
+    "a file of SB3's, which holds pickles: loading one runs whatever code is in it. Pass "
+    "allow_pickle=True if you trust where it comes from"
 )
 
 
@@ -64,7 +68,11 @@ class ResumablePPO(PPO):
     shard: bool
     finished_episodes: list[dict[str, Any]]
     policy_kwargs: dict[str, Any]
+    ep_info_buffer: deque[Any] | None
+    ep_success_buffer: deque[Any] | None
     _last_obs: np.ndarray | None  # type: ignore[assignment]
+    _last_episode_starts: np.ndarray | None
+    _num_timesteps_at_start: int
     _current_progress_remaining: float
     _tokens_before: int
     _open_kl: np.ndarray
@@ -113,7 +121,7 @@ class ResumablePPO(PPO):
             )
         if ranks.rank() > 0:
             if self.shard:
-                self.get_parameters()
+                self.gather_parameters(keep=False)
             return
         self.policy.forget()
         with self._at_rest() as exact:
@@ -127,6 +135,8 @@ class ResumablePPO(PPO):
             yield False
         elif not self.rollout_under_way or self._at_token or self._stored is not None:
             yield True
+        elif self._step_seen < self.rollout_buffer.pos and not self.rollout_buffer.full:
+            yield True  # before the first token
         elif self._step_seen == self.rollout_buffer.pos and self._callback is not None:
             with self._step_done(self._callback.locals) as exact:
                 yield exact
@@ -145,7 +155,7 @@ class ResumablePPO(PPO):
             return
         episodes, successes = self.ep_info_buffer, self.ep_success_buffer
         before = (self._last_obs, self._last_episode_starts, self.finished_episodes)
-        assert episodes is not None and successes is not None
+        assert episodes is not None and successes is not None and self._last_obs is not None
         self.ep_info_buffer, self.ep_success_buffer = episodes.copy(), successes.copy()
         self.finished_episodes = list(self.finished_episodes)
         self._update_info_buffer(loop["infos"], loop["dones"])
@@ -213,20 +223,23 @@ class ResumablePPO(PPO):
         """
         if not _is_folder(path):
             if not allow_pickle and (not isinstance(path, str | Path) or zip_of(path).exists()):
-                raise ValueError(f"expected a checkpoint folder, got {path}, a file of SB3's, {PICKLE}")
+                raise ValueError(
+                    f"expected a checkpoint folder, got {path}, a file of SB3's, {PICKLE}"
+                )
             if allow_pickle:
                 return super().load(
-                    path, env, device, custom_objects, print_system_info, force_reset or True,
-                    **kwargs,
-                )  # fmt: skip
+                    path, env, device, custom_objects, print_system_info, True, **kwargs
+                )
         state, tensors = _read(path)
         if state["algorithm"] != cls.__name__:
-            raise ValueError(f"expected a checkpoint of {cls.__name__}, got one of {state['algorithm']}")
+            raise ValueError(
+                f"expected a checkpoint of {cls.__name__}, got one of {state['algorithm']}"
+            )
         _compare_facts(path, state["facts"], facts or {})
         warn_of_another_machine(state)
         model = cls._rebuilt(state, env, device, force_reset, kwargs)
-        set_parameters(model, state, tensors)
         model._put_back(Stored(state, tensors), force_reset)
+        set_parameters(model, state, tensors)
         return model
 
     @classmethod
@@ -266,12 +279,17 @@ class ResumablePPO(PPO):
                     f"got {env.num_envs}; force_reset=True begins anew in it"
                 )
         found = rebuilt_attributes(state, given, model.rollout_buffer_kwargs or {})
-        if given:
-            raise TypeError(f"expected arguments of {cls.__name__}, got {sorted(given)}")
         model.__dict__.update(found, rollout_buffer_class=buffer)
         model.observation_space, model.action_space = obs_space, action_space
         model.n_envs = spaces["n_envs"] if env is None else env.num_envs
-        kl = state["kl"]
+        kl = {
+            name: chosen(argument, state["kl"][name], given)
+            for name, argument in (
+                ("coef", "kl_coef"), ("target", "target_ref_kl"), ("horizon", "kl_horizon"),
+            )
+        }  # fmt: skip
+        if given:
+            raise TypeError(f"expected arguments of {cls.__name__}, got {sorted(given)}")
         # A reference is made for a weight above 0; a callback may have set it to 0 since.
         model.kl = KLController(1.0, kl["target"], kl["horizon"])
         model.kl.coef = float(state["reference"] is not None)
@@ -317,8 +335,6 @@ class ResumablePPO(PPO):
         self._set_environment()
 
     def _begin_statistics(self) -> None:
-        from collections import deque
-
         self.ep_info_buffer = deque(maxlen=self._stats_window_size)
         self.ep_success_buffer = deque(maxlen=self._stats_window_size)
 
@@ -364,11 +380,19 @@ class ResumablePPO(PPO):
         states: Any = load_path_or_dict
         if not isinstance(states, dict):
             if _is_folder(states):
-                states = parameters_in(*_read(states))
+                state, tensors = _read(states)
+                states = parameters_in(state, tensors)
+                set_reference(self, state, tensors)
             elif not allow_pickle:
-                raise ValueError(f"expected a checkpoint folder, got {states}, a file of SB3's, {PICKLE}")
+                raise ValueError(
+                    f"expected a checkpoint folder, got {states}, a file of SB3's, {PICKLE}"
+                )
         self._set_states(states, exact_match, device)
         self.policy.forget()
+
+    def gather_parameters(self, lm_only: bool = False, keep: bool = True) -> dict[str, Any]:
+        """Bring a sharded model's state together."""
+        raise NotImplementedError
 
     def _set_states(self, states: Any, exact_match: bool, device: th.device | str) -> None:
         super().set_parameters(states, exact_match, device)
@@ -424,8 +448,6 @@ class ResumablePPO(PPO):
 
     def _check_total(self, total_timesteps: int) -> None:
         """Require something to do; say so if it is another total than before."""
-        import warnings
-
         if total_timesteps <= self._tokens_before:
             raise ValueError(
                 f"this training was stopped at {self.num_timesteps} of {self._total_timesteps} "

@@ -17,6 +17,7 @@ import torch as th
 import transformers
 from stable_baselines3.common.utils import update_learning_rate
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from agents.callback_state import callback_states
@@ -90,26 +91,15 @@ def training_state(
         tied |= {f"reference:{alias}": name for alias, name in tied_reference.items()}
     if stored is None:
         randoms, tensors["random"] = random_states()
-        callbacks, pending = callback_states(model._callback), logged(model)
-    else:
-        randoms, tensors["random"] = stored.state["random"], stored.tensors["random"]
-        callbacks, pending = stored.state["callbacks"], stored.state["logger"]
-    exact = exact and model.env is not None and model._last_obs is not None
-    environment = env_state(model.env) if exact and model.env is not None else None
-    tensors["rollout"] = {"open_kl": th.from_numpy(model._open_kl.copy())}
-    rollout: Any = None
-    if environment is not None:
-        tensors["rollout"]["last_obs"] = th.from_numpy(np.array(model._last_obs))
-        starts = np.array(model._last_episode_starts, dtype=bool)
-        tensors["rollout"]["last_episode_starts"] = th.from_numpy(starts)
-        if model.rollout_under_way:
-            rollout = {
-                "tokens_before": model._tokens_before,
-                "finished_episodes": to_json(model.finished_episodes, "finished_episodes"),
-            }
-            tensors["rollout"] |= {f"step.{k}": v for k, v in model.rollout_buffer.get_state().items()}
-            if (masks := model.rollout_buffer.action_masks) is not None and masks.known:
-                tensors["rollout"]["masks"] = masks.table().cpu()
+        callbacks, pending, seconds = callback_states(model._callback), logged(model), model.seconds
+        environment, rollout, tensors["rollout"] = under_way(model, exact)
+        in_learn = model._in_learn
+    else:  # loaded, and not gone on yet
+        randoms, callbacks = stored.state["random"], stored.state["callbacks"]
+        pending, seconds = stored.state["logger"], stored.state["progress"]["seconds"]
+        environment, rollout = stored.state["environment"], stored.state["rollout"]
+        in_learn = stored.state["progress"]["in_learn"]
+        tensors |= {name: stored.tensors[name] for name in ("random", "rollout")}
     state = {
         "algorithm": type(model).__name__,
         "machine": machine(),
@@ -123,8 +113,8 @@ def training_state(
         "progress": {
             "num_timesteps": model.num_timesteps,
             **{name: getattr(model, name) for name in COUNTERS},
-            "in_learn": model._in_learn or (stored is not None and stored.state["progress"]["in_learn"]),
-            "seconds": model.seconds,
+            "in_learn": in_learn,
+            "seconds": seconds,
         },
         "statistics": {
             "episodes": to_json(list(model.ep_info_buffer or ())),
@@ -141,6 +131,28 @@ def training_state(
         "facts": dict(facts),
     }
     return state, tensors
+
+
+def under_way(model: "ResumablePPO", exact: bool) -> tuple[Any, Any, dict[str, th.Tensor]]:
+    """Return the states of the environment and of the rollout, each or None, and their tensors."""
+    tensors = {"open_kl": th.from_numpy(model._open_kl.copy())}
+    if not exact or model.env is None or model._last_obs is None:
+        return None, None, tensors
+    environment = env_state(model.env)
+    if environment is None:
+        return None, None, tensors
+    tensors["last_obs"] = th.from_numpy(np.array(model._last_obs))
+    starts = np.array(model._last_episode_starts, dtype=bool)
+    tensors["last_episode_starts"] = th.from_numpy(starts)
+    if not model.rollout_under_way:
+        return environment, None, tensors
+    buffer = model.rollout_buffer
+    tensors |= {f"step.{name}": tensor for name, tensor in buffer.get_state().items()}
+    if buffer.action_masks is not None and buffer.action_masks.known:
+        tensors["masks"] = buffer.action_masks.table().cpu()
+    episodes = to_json(model.finished_episodes, "finished_episodes")
+    rollout = {"tokens_before": model._tokens_before, "finished_episodes": episodes}
+    return environment, rollout, tensors
 
 
 def untied(state: Mapping[str, th.Tensor]) -> tuple[dict[str, th.Tensor], dict[str, str]]:
@@ -231,8 +243,10 @@ def reference_settings(model: "ResumablePPO") -> dict[str, Any] | None:
 def model_settings(lm: PreTrainedModel) -> dict[str, Any]:
     """Return a language model's configuration, the attention it computes by included."""
     generation = lm.generation_config
+    config = {**lm.config.to_diff_dict(), "model_type": lm.config.model_type}
+    config.pop("dtype", None)  # of the file that it came from: here it is always float32
     return {
-        "config": {**lm.config.to_diff_dict(), "model_type": lm.config.model_type},
+        "config": config,
         "attention": lm.config._attn_implementation,
         "generation": None if generation is None else generation.to_diff_dict(),
     }
@@ -242,7 +256,9 @@ def logged(model: "ResumablePPO") -> dict[str, Any]:
     """Return what has been logged since the last line was written."""
     logger = getattr(model, "_logger", None)
     pending: dict[str, Any] = {}
-    for key, value in (logger.name_to_value if logger is not None else {}).items():
+    if logger is None:
+        return pending
+    for key, value in logger.name_to_value.items():
         try:
             plain = to_json(value, key)
         except TypeError as error:
@@ -271,14 +287,8 @@ def rebuilt_attributes(
     """
     found: dict[str, Any] = {}
     for name in SETTINGS:
-        found[name] = from_json(state["settings"][name])
-        argument = name.removeprefix("_")
-        if argument in given and (chosen := given.pop(argument)) != found[name]:
-            warnings.warn(
-                f"{argument}: {found[name]!r} in the checkpoint, {chosen!r} from now on",
-                stacklevel=4,
-            )
-            found[name] = chosen
+        stored = from_json(state["settings"][name])
+        found[name] = chosen(name.removeprefix("_"), stored, given)
     for name in SCHEDULES:
         is_given = name in given
         found[name] = rebuild(name, state["schedules"][name], given.pop(name, None), is_given)
@@ -289,8 +299,8 @@ def rebuilt_attributes(
     }
     policy = state["policy"]
     arguments = {name: from_json(value) for name, value in policy["arguments"].items()}
-    chosen = given.pop("policy_kwargs", {})
-    optimizer = chosen.get("optimizer_class") or getattr(th.optim, policy["optimizer"], None)
+    own = given.pop("policy_kwargs", {})
+    optimizer = own.get("optimizer_class") or getattr(th.optim, policy["optimizer"], None)
     if not (isinstance(optimizer, type) and issubclass(optimizer, th.optim.Optimizer)):
         raise ValueError(
             f"optimizer_class: expected load(…, policy_kwargs={{'optimizer_class': …}}) with "
@@ -298,13 +308,23 @@ def rebuilt_attributes(
         )
     arguments |= {"optimizer_class": optimizer, "lm": config_of(policy["lm"])}
     arguments["value_lm"] = None if policy["value_lm"] is None else config_of(policy["value_lm"])
-    found["policy_kwargs"] = {**arguments, **chosen}
+    found["policy_kwargs"] = {**arguments, **own}
     reference = state["reference"]
     found["ref_lm"] = given.pop("ref_lm", None)
     if found["ref_lm"] is None and reference is not None:
         lm = reference["lm"]
         found["ref_lm"] = reference["source"] or (None if lm is None else config_of(lm))
     return found
+
+
+def chosen(argument: str, stored: Any, given: dict[str, Any]) -> Any:
+    """Return an argument's value: the caller's, taken out of `given`, or the stored."""
+    value = given.pop(argument, stored)
+    if value != stored:
+        warnings.warn(
+            f"{argument}: {stored!r} in the checkpoint, {value!r} from now on", stacklevel=5
+        )
+    return value
 
 
 def config_of(settings: Mapping[str, Any]) -> PreTrainedConfig:
@@ -343,15 +363,29 @@ def set_parameters(model: "ResumablePPO", state: Mapping[str, Any], tensors: Ten
         lm.generation_config = (
             None if generation is None else GenerationConfig.from_dict(dict(generation))
         )
+    set_reference(model, state, tensors)
+
+
+@th.no_grad()
+def set_reference(model: "ResumablePPO", state: Mapping[str, Any], tensors: Tensors) -> None:
+    """Put in place the weights that the reference does not share with the policy.
+
+    Raises:
+        ValueError: If they are another model's.
+    """
     if (state["reference"] or {}).get("source"):
-        return
+        return  # it was loaded by its name
     saved = with_tied(tensors.get("reference", {}), state["tied"], "reference:")
     for name, tensor in own_tensors(model).items():
         if name not in saved:
             raise ValueError(f"the checkpoint's reference model is another: it has no {name}")
-        if tensor.shape != saved[name].shape or tensor.dtype != saved[name].dtype:
+        if tensor.shape != saved[name].shape:
             raise ValueError(f"the checkpoint's reference model is another, by {name}")
-        tensor.copy_(saved[name])
+        if isinstance(tensor, DTensor):
+            distributed = distribute_tensor(saved[name], tensor.device_mesh, tensor.placements)
+            tensor.copy_(distributed)
+        else:
+            tensor.copy_(saved[name])
 
 
 def models_of(

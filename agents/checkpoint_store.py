@@ -14,7 +14,7 @@ from typing import Any
 from agents.checkpoint import DamagedCheckpoint, found_at, verify
 from agents.saving import sync
 
-PREFIX, BEST, LOCK = "step-", "best.json", "lock"
+PREFIX, BEST, LOCK = "step-", "best.json", ".lock"
 
 
 class CheckpointStore:

@@ -481,6 +481,8 @@ class ResumablePPO(PPO):
             return
         self._step_seen = step
         self._go_on()
+        if ranks.world_size() > 1:
+            return
         self._at_token = True
         try:
             for callback in each_callback(self._callback):

@@ -499,10 +499,11 @@ class ResumablePPO(PPO):
             return
         set_callback_states(self._callback, stored.state["callbacks"])
         logger: Logger = self.logger
-        for key, (value, count, excluded) in stored.state["logger"].items():
-            logger.name_to_value[key] = from_json(value)
-            logger.name_to_count[key] = count
-            logger.name_to_excluded[key] = from_json(excluded)
+        for key, pending in stored.state["logger"].items():
+            logger.name_to_value[key] = from_json(pending["value"])
+            logger.name_to_excluded[key] = from_json(pending["excluded"])
+            if "count" in pending:
+                logger.name_to_count[key] = pending["count"]
         set_random_states(stored.state["random"], stored.tensors["random"])
 
     def _excluded_save_params(self) -> list[str]:

@@ -242,13 +242,16 @@ def reference_settings(model: "ResumablePPO") -> dict[str, Any] | None:
 
 def model_settings(lm: PreTrainedModel) -> dict[str, Any]:
     """Return a language model's configuration, the attention it computes by included."""
-    generation = lm.generation_config
+    generation = None if lm.generation_config is None else lm.generation_config.to_diff_dict()
+    if generation is not None:
+        generation.pop("transformers_version", None)
     config = {**lm.config.to_diff_dict(), "model_type": lm.config.model_type}
     config.pop("dtype", None)  # of the file that it came from: here it is always float32
+    config.pop("transformers_version", None)
     return {
         "config": config,
         "attention": lm.config._attn_implementation,
-        "generation": None if generation is None else generation.to_diff_dict(),
+        "generation": generation,
     }
 
 
@@ -264,8 +267,9 @@ def logged(model: "ResumablePPO") -> dict[str, Any]:
         except TypeError as error:
             warnings.warn(f"not in the checkpoint: logged {error}", stacklevel=2)
             continue
-        excluded = logger.name_to_excluded.get(key)
-        pending[key] = [plain, logger.name_to_count.get(key, 0), to_json(excluded)]
+        pending[key] = {"value": plain, "excluded": to_json(logger.name_to_excluded.get(key))}
+        if count := logger.name_to_count.get(key):  # of a mean that is being taken
+            pending[key]["count"] = count
     return pending
 
 

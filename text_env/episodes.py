@@ -317,7 +317,7 @@ class Episodes:
         """Go on from `get_state`, in a batch made with the same arguments.
 
         Raises:
-            ValueError: The state is of another number of rows, of other prompts, or of another task.
+            ValueError: The state is of another number of rows, other prompts, or another task.
         """
         rows = state["rows"]
         if len(rows) != self.num_rows:

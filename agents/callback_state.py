@@ -81,7 +81,7 @@ def set_callback_states(callback: BaseCallback | None, states: dict[str, Any]) -
     for name, part in there.items():
         if name in states:
             _set_state(part, states[name])
-    missing = sorted(set(states) - set(there) - {"CallbackList", "ConvertCallback"})
+    missing = sorted(n for n in set(states) - set(there) if states[n]["known"] or states[n]["own"])
     if missing:
         warnings.warn(
             f"the checkpoint has the states of callbacks that this run does not: {missing}",

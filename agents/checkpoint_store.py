@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ class CheckpointStore:
         if path.exists() and not is_whole(path):
             discard(path)
         write(path)
-        self.prune()
+        with suppress(OSError):  # what should go stays, whole, and goes the next time
+            self.prune()
         return path
 
     def path_of(self, step: int) -> Path:

@@ -330,6 +330,12 @@ class ResumablePPO(PPO):
                 if name.startswith("step.")
             }
             self.rollout_buffer.set_state(steps)
+            expected = self._tokens_before + self.rollout_buffer.n_tokens
+            if self._num_timesteps != expected:
+                raise ValueError(
+                    f"expected {expected} tokens, which are in the checkpoint, got the number "
+                    f"{self._num_timesteps}: it does not fit together"
+                )
             self.finished_episodes = from_json(state["rollout"]["finished_episodes"])
             self.rollout_under_way = True
         self._set_environment()
@@ -415,7 +421,9 @@ class ResumablePPO(PPO):
                 total_timesteps, callback, 1, tb_log_name, reset_num_timesteps, progress_bar
             )
         finally:
-            self._in_learn = self.rollout_under_way = False
+            self._in_learn = False
+            if self._stored is None:  # else it never went on, and still can
+                self.rollout_under_way = False
 
     def _setup_learn(
         self,

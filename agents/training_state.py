@@ -174,8 +174,10 @@ def own_tensors(model: "ResumablePPO") -> dict[str, th.Tensor]:
     """Return the reference's tensors that are not the policy's."""
     if model.reference is None:
         return {}
-    shared = {tensor.data_ptr() for tensor in model.policy.state_dict().values()}
     found = model.reference.state_dict()
+    if model.shard:
+        return found
+    shared = {tensor.data_ptr() for tensor in model.policy.state_dict().values()}
     return {name: t for name, t in found.items() if t.data_ptr() not in shared}
 
 

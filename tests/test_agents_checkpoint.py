@@ -1,7 +1,6 @@
 """Exact resume: a training that is stopped and goes on is, bit for bit, one that never was."""
 
 import copy
-import json
 import pickle
 import random
 import warnings
@@ -11,7 +10,6 @@ import gymnasium as gym
 import pytest
 import torch as th
 from checkpoint_fixtures import (
-    Stop,
     Watch,
     count_a,
     decay,
@@ -76,14 +74,13 @@ def test_twenty_random_stops(tmp_path) -> None:
 def test_stopped_three_times_in_a_row(tmp_path) -> None:
     stops = [5, 6, 20]
     never = never_stopped(tmp_path / "never", stops)
-    model, rows, done = make_model(make_env()), [], 0
+    model, rows, done = make_model(make_env()), [], False
     for stop in stops:
-        callback = Watch(tmp_path, [stop - done])
+        callback = Watch(tmp_path, [stop])
         callback.stop_now = True
-        rows += run(model, TOTAL, callback, go_on=done > 0)
-        model = TokenPPO.load(tmp_path / str(stop - done), make_env(), "cpu", learning_rate=decay)
-        (tmp_path / str(stop - done)).rename(tmp_path / f"stop-{stop}")
-        done = stop
+        rows += run(model, TOTAL, callback, go_on=done)
+        model = TokenPPO.load(tmp_path / str(stop), make_env(), "cpu", learning_rate=decay)
+        done = True
     callback = Watch(tmp_path, [])
     rows += run(model, TOTAL, callback, go_on=True)
     assert repr(rows) == repr(never["rows"])
@@ -252,8 +249,7 @@ def test_nothing_is_pickled(tmp_path, monkeypatch) -> None:
 def test_a_zip_of_sb3s_is_only_loaded_when_asked_to(tmp_path) -> None:
     model = make_model(make_env(), learning_rate=1e-3)
     model.learn(24)
-    PPO.save.__wrapped__ if hasattr(PPO.save, "__wrapped__") else None
-    super(TokenPPO.__mro__[1], model).save(tmp_path / "model")
+    PPO.save(model, tmp_path / "model")
     assert (tmp_path / "model.zip").exists()
     for load in (TokenPPO.load, model.set_parameters):
         with pytest.raises(ValueError, match=r"holds pickles: .* Pass allow_pickle=True"):
@@ -324,9 +320,9 @@ def saved(tmp_path_factory) -> Path:
     ("message", "changes"),
     [
         (r"learning_rate was a Python callable.*expected load\(…, learning_rate=", {}),
-        ("learning_rate: .* 0.001 in the checkpoint, 0.5 given", {"learning_rate": lambda p: 0.5}),
+        ("learning_rate: .* 0.01 in the checkpoint, 0.5 given", {"learning_rate": lambda p: 0.5}),
         ("environment of 3 rows, as in the checkpoint, got 2", {"env": 2}),
-        ("same prompts and tokenizer, got another's", {"env": {"prompts": [">a", ">b"]}}),
+        ("same prompts and tokenizer, got another's", {"env": {"prompts": [">a>>", ">b"]}}),
         ("same task, .*'missing_eos_penalty': 1", {"env": {"missing_eos_penalty": 1.0}}),
         ("same task, .*'allowed tokens'", {"env": {"allowed_token_ids": [0, 1]}}),
         ("another run; reward: 'a' there, 'b' here", {"facts": {"reward": "b"}}),
@@ -350,7 +346,7 @@ def test_other_algorithms_and_arguments_are_refused_by_name(saved, tmp_path) -> 
         TokenA2C.load(saved, learning_rate=decay)
     with pytest.raises(TypeError, match=r"arguments of TokenPPO, got \['n_epoch'\]"):
         TokenPPO.load(saved, learning_rate=decay, n_epoch=3)
-    with pytest.warns(UserWarning, match="n_epochs: 10?2? in the checkpoint, 3 from now on"):
+    with pytest.warns(UserWarning, match="n_epochs: 2 in the checkpoint, 3 from now on"):
         TokenPPO.load(saved, learning_rate=decay, n_epochs=3, device="cpu")
     with pytest.raises(FileNotFoundError, match="expected a checkpoint"):
         TokenPPO.load(tmp_path / "nothing")
@@ -373,8 +369,3 @@ def test_another_machine_is_named(saved, tmp_path) -> None:
     write_checkpoint(tmp_path / "model", state, tensors)
     with pytest.warns(UserWarning, match=r"threads 7 \(now 1\): training goes on, but not"):
         TokenPPO.load(tmp_path / "model", learning_rate=decay, device="cpu")
-
-
-def test_states_are_plain_json(saved) -> None:
-    json.loads((saved / "state.json").read_text(encoding="utf-8"))
-    assert Stop is not None

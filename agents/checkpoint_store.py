@@ -175,23 +175,34 @@ def one_process(folder: str | Path) -> Iterator[None]:
     Raises:
         RuntimeError: If another process has it, with its number.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    place = Path(folder) / LOCK
+    place.parent.mkdir(parents=True, exist_ok=True)
+    handle = _locked(place)
     try:
-        try:
-            # Unlike flock's, children that are forked do not inherit it.
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            holder = os.read(handle, 32).decode("ascii", "replace").strip() or "unknown"
-            raise RuntimeError(
-                f"{folder} is in use by process {holder}: wait for its end, stop it, or choose "
-                "another run folder"
-            ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
+        place.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked(place: Path) -> int:
+    """Open and lock a file; again, if its last holder has removed it meanwhile."""
+    while True:
+        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # Unlike flock's, children that are forked do not inherit it.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if place.exists() and os.fstat(handle).st_ino == place.stat().st_ino:
+                return handle
+        except OSError as error:
+            holder = os.read(handle, 32).decode("ascii", "replace").strip() or "unknown"
+            os.close(handle)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise RuntimeError(
+                f"{place.parent} is in use by process {holder}: wait for its end, stop it, or "
+                "choose another run folder"
+            ) from None
         os.close(handle)

@@ -281,3 +281,4 @@ def test_one_process_has_a_run_folder(tmp_path) -> None:
         os.waitpid(child, 0)
     with one_process(tmp_path):
         assert (tmp_path / ".lock").read_text().strip() == str(os.getpid())
+    assert list(tmp_path.iterdir()) == []

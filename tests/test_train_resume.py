@@ -16,11 +16,11 @@ import train
 COMMON = "--device cpu --dtype float32"
 
 
-def line(own: Path, run: Path, **changes) -> list[str]:
+def line(folder: Path, run: Path, **changes) -> list[str]:
     settings = {
-        "policy": own / "lm",
-        "reward_model": own / "encoder",
-        "prompts": own / "prompts.txt",
+        "policy": folder / "lm",
+        "reward_model": folder / "encoder",
+        "prompts": folder / "prompts.txt",
         "total_timesteps": 256,
         "n_envs": 4,
         "n_steps": 16,

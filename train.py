@@ -14,6 +14,7 @@ can be given by hand instead. Nothing heavy is imported before the arguments are
 import ctypes
 import gc
 import getpass
+import hashlib
 import json
 import logging
 import math
@@ -25,7 +26,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import torch as th
     from jsonargparse import ArgumentParser, Namespace
     from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import KVWriter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from agents import CausalLMPolicy
@@ -197,6 +199,14 @@ class PPO:
     """Rollouts between saves of the policy; it is always saved at the end."""
     stop_on: list[str] = field(default_factory=list)
     """Findings of the doctor (docs/doctor.md) that stop the run, such as [kl_runaway]."""
+    resume: Path | None = None
+    """Go on with the PPO of this run folder, from its newest whole checkpoint and with the settings
+    that it began with; only total_timesteps and what is saved when may be others."""
+    checkpoint_every: int | None = 4
+    """Rollouts from one checkpoint to the next; null: only when stopped (SIGTERM, Ctrl-C) and at
+    the end."""
+    checkpoint_keep: int = 2
+    """So many of the last checkpoints are kept, and the best; one of a finished training."""
 
 
 @dataclass(kw_only=True)
@@ -545,34 +555,34 @@ def ppo(common: Common, settings: PPO) -> None:
 
 def train_policy(common: Common, settings: PPO) -> None:
     """Do what stage ppo does, in each of the processes that have been connected."""
-    from stable_baselines3.common.logger import (
-        JSONOutputFormat,
-        KVWriter,
-        Logger,
-        TensorBoardOutputFormat,
-    )
+    from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 
     from agents import (
+        CheckpointFolderCallback,
         DoctorCallback,
         SampleTextCallback,
         SavePretrainedCallback,
         TokenPPO,
         ranks,
     )
+    from agents.checkpoint_callback import cut_back
     from reward_models import LearnedRewardModel, load_reward_model
     from text_env import TextVecEnv
-    from text_env.vocabulary import load_tokenizer
+    from text_env.vocabulary import fingerprint, load_tokenizer
 
     if settings.shard and settings.lora_rank is not None:
         raise ValueError("expected shard or lora_rank, got both: adapters have little to split")
     n_processes, first = ranks.world_size(), ranks.rank() == 0
+    checkpoint = None if settings.resume is None else to_go_on_from(settings.resume, settings)
+    if checkpoint is not None and n_processes > 1:
+        raise ValueError("expected one process with resume, got several: not exact there yet")
     if settings.n_envs % n_processes:
         raise ValueError(
             f"expected n_envs divisible by the number of processes, got {settings.n_envs} rows for "
             f"{n_processes}"
         )
     folder = folder_of(common)
-    with stage(common, "ppo") as (facts, made):
+    with stage(common, "ppo", go_on=checkpoint is not None) as (facts, made):
         policy = settings.policy or str(left_by("sft", folder / "sft"))
         reward_model = settings.reward_model or left_by("reward", folder / "reward_model")
         tokenizer = load_tokenizer(policy)
@@ -598,10 +608,13 @@ def train_policy(common: Common, settings: PPO) -> None:
             allowed_token_ids=tokens_of(vocabulary, tokenizer),
             nonfinite_scores="pass" if settings.on_nonfinite == "skip" else "error",
         )
-        model = TokenPPO(
-            "CausalLMPolicy",
-            env,
-            learning_rate=partial(warm_up_and_decay, settings.learning_rate),
+        learning_rate = partial(warm_up_and_decay, settings.learning_rate)
+        same = {
+            "policy": digest_of(policy),
+            "reward model": digest_of(reward_model),
+            "tokenizer": fingerprint(tokenizer),
+        }
+        arguments: dict[str, Any] = dict(
             n_steps=settings.max_new_tokens if settings.n_steps is None else settings.n_steps,
             whole_episodes=whole,
             batch_size=settings.batch_size,
@@ -628,17 +641,29 @@ def train_policy(common: Common, settings: PPO) -> None:
             on_nonfinite=settings.on_nonfinite,
             stats_window_size=max(100, settings.n_envs),
             seed=common.seed,
-            device=device_of(common),
         )
+        if checkpoint is None:
+            model = TokenPPO(
+                "CausalLMPolicy", env, learning_rate, device=device_of(common), **arguments
+            )
+            remember_settings(common, settings, made / "checkpoints")
+        else:
+            say(f"   from {checkpoint}")
+            model = TokenPPO.load(
+                checkpoint, env, device_of(common), learning_rate=learning_rate, facts=same
+            )
+        logs = [made / name for name in ("metrics.jsonl", "samples.jsonl", "doctor.jsonl")]
         if first:
+            if checkpoint is not None:
+                cut_back(checkpoint, logs)
             writers: list[KVWriter] = [
-                JSONOutputFormat(str(made / "metrics.jsonl")),
+                appending(logs[0]),
                 TensorBoardOutputFormat(str(made / "tensorboard")),
             ]
             model.set_logger(Logger(str(made), writers))
-        doctor = DoctorCallback(made / "doctor.jsonl", settings.stop_on)
+        doctor = DoctorCallback(logs[2], settings.stop_on)
         callbacks = [
-            SampleTextCallback(made / "samples.jsonl"),
+            SampleTextCallback(logs[1]),
             SavePretrainedCallback(
                 made / "policy", tokenizer, settings.save_every, merge=settings.merge_lora
             ),
@@ -647,8 +672,24 @@ def train_policy(common: Common, settings: PPO) -> None:
         if first and (folder / "judge").exists():
             judge = LearnedRewardModel.load(folder / "judge", device_of(common))
             callbacks.insert(0, judged_rollouts(judge))
-        model.learn(settings.total_timesteps, callback=callbacks, progress_bar=True)
+        saver = CheckpointFolderCallback(
+            made / "checkpoints",
+            settings.checkpoint_every,
+            settings.checkpoint_keep,
+            facts=same,
+            logs=logs,
+        )
+        alone = n_processes == 1  # several cannot go on exactly yet
+        with saver.stops_at_signals() if alone else nullcontext():
+            model.learn(
+                settings.total_timesteps,
+                callback=[*callbacks, saver] if alone else callbacks,
+                reset_num_timesteps=checkpoint is None,
+                progress_bar=True,
+            )
         model.logger.close()
+        saver.store.keep = 1  # of a finished training
+        saver.store.prune()
         rows = map(json.loads, read_lines(made / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
         facts["doctor"] = [finding.name for finding in doctor.findings]
@@ -660,6 +701,112 @@ def train_policy(common: Common, settings: PPO) -> None:
                 f"{facts['episodes']} and {steps} from {facts['tokens']} tokens; raise "
                 "total_timesteps, or n_steps to the length of an episode"
             )
+
+
+FREE = ("total_timesteps", "save_every", "checkpoint_every", "checkpoint_keep", "resume")
+"""Settings of PPO that may be others when a training goes on."""
+
+
+def remember_settings(common: Common, settings: PPO, folder: Path) -> None:
+    """Write down what a training began with, beside its checkpoints, for `as_begun`."""
+    import torch as th
+
+    from reward_models.atomic import atomic_file
+
+    if process_number() > 0:
+        return
+    began = {
+        "common": {"seed": common.seed, "dtype": common.dtype, "threads": th.get_num_threads()},
+        "ppo": {**asdict(settings), "resume": None},
+    }
+    with atomic_file(folder / "settings.json") as aside:
+        aside.write_text(json.dumps(began, indent=1, default=str), encoding="utf-8")
+
+
+def as_begun(common: Common, settings: PPO) -> PPO:
+    """Return the settings that a training began with; those of `common` are set in place.
+
+    Raises:
+        ValueError: If a setting was asked for that is neither the default nor what it began with.
+    """
+    assert settings.resume is not None
+    place = settings.resume / "ppo.unfinished" / "checkpoints"
+    if not place.exists():
+        place = settings.resume / "checkpoints"
+    if not (place / "settings.json").exists():
+        raise FileNotFoundError(
+            f"resume: expected a run folder with checkpoints of PPO, got '{settings.resume}'"
+        )
+    began = json.loads((place / "settings.json").read_text(encoding="utf-8"))
+    other = []
+    for given, stored in ((settings, began["ppo"]), (common, began["common"])):
+        for part in fields(given):
+            if part.name not in stored:
+                continue
+            value, was = getattr(given, part.name), stored[part.name]
+            asked = value != getattr(type(given)(), part.name)
+            if asked and str(value) != str(was) and part.name not in (*FREE, "threads"):
+                other.append(f"{part.name} is {was}, not {value}")
+            if not asked or part.name not in (*FREE, "threads"):
+                path = was is not None and "Path" in str(part.type)
+                setattr(given, part.name, Path(was) if path else was)
+    if other:
+        raise ValueError(
+            f"resume: expected the settings that this training began with, where {', '.join(other)}"
+        )
+    return settings
+
+
+def to_go_on_from(run_folder: Path, settings: PPO) -> Path:
+    """Return a run's newest whole checkpoint; a finished run's results are copied to go on from.
+
+    Raises:
+        ValueError: If the run has all the tokens that it is to have.
+    """
+    from agents import newest_whole
+    from agents.checkpoint import read_state
+
+    unfinished = run_folder / "ppo.unfinished"
+    finished = not (unfinished / "checkpoints").exists()
+    checkpoint = newest_whole((run_folder if finished else unfinished) / "checkpoints")
+    progress = read_state(checkpoint)["progress"]
+    if finished and progress["num_timesteps"] >= settings.total_timesteps:
+        raise ValueError(
+            f"resume: {run_folder} is finished, with {progress['num_timesteps']} tokens: expected "
+            f"more than that as total_timesteps, got {settings.total_timesteps}"
+        )
+    if finished:
+        unfinished.mkdir(exist_ok=True)
+        for name in ("metrics.jsonl", "samples.jsonl", "doctor.jsonl"):
+            shutil.copy2(run_folder / name, unfinished / name)
+        for name in ("tensorboard", "checkpoints"):
+            shutil.copytree(run_folder / name, unfinished / name, dirs_exist_ok=True)
+        checkpoint = unfinished / "checkpoints" / checkpoint.name
+    return checkpoint
+
+
+def digest_of(source: str | Path) -> str:
+    """Return a digest of a model's folder; a hub id stands for itself."""
+    folder, digest = Path(source), hashlib.sha256()
+    if not folder.is_dir():
+        return str(source)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(2**22):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def appending(path: Path) -> "KVWriter":
+    """Return SB3's writer of JSON lines, which goes on with a file rather than empty it."""
+    from stable_baselines3.common.logger import JSONOutputFormat
+
+    class Appending(JSONOutputFormat):
+        def __init__(self) -> None:
+            self.file = path.open("a", encoding="utf-8")
+
+    return Appending()
 
 
 def lora_of(settings: PPO) -> dict[str, float] | None:
@@ -1317,10 +1464,11 @@ def left_by(stage_name: str, folder: Path) -> Path:
 
 
 @contextmanager
-def stage(common: Common, name: str) -> Iterator[tuple[dict[str, Any], Path]]:
+def stage(common: Common, name: str, go_on: bool = False) -> Iterator[tuple[dict[str, Any], Path]]:
     """Announce a stage, put its results in place when it ends well, and write down its facts.
 
-    Until then they are in `<name>.unfinished`, which is what a failed stage leaves behind.
+    Until then they are in `<name>.unfinished`, which is what a failed stage leaves behind, and
+    what one that goes on (`go_on`) begins with.
 
     Yields:
         A dict for facts, which goes to stages/<name>.json with the seconds that the stage took,
@@ -1333,8 +1481,14 @@ def stage(common: Common, name: str) -> Iterator[tuple[dict[str, Any], Path]]:
         yield {}, folder_of(common) / f"{name}.unfinished"
         return
     run_folder, unfinished = folder_of(common), folder_of(common) / f"{name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    if not go_on:
+        if any(unfinished.glob("checkpoints/step-*")) and not common.overwrite:
+            raise FileExistsError(
+                f"{unfinished} has checkpoints of a training that was stopped: go on with it by "
+                f"`python train.py {name} --resume {run_folder}`, or pass --overwrite true"
+            )
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
     set_up(common)
     say(f"== {name}")
     start = time.time()
@@ -1363,7 +1517,14 @@ def is_done(common: Common, name: str) -> bool:
 MAKES = {
     "sft": ("sft",),
     "reward": ("reward_model", "judge"),
-    "ppo": ("policy", "metrics.jsonl", "samples.jsonl", "doctor.jsonl", "tensorboard"),
+    "ppo": (
+        "policy",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "doctor.jsonl",
+        "tensorboard",
+        "checkpoints",
+    ),
     "evaluate": ("evaluation.json", "report.md", "curves.png"),
 }
 """What each stage leaves in the run folder."""
@@ -2072,17 +2233,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("reward_models").setLevel(logging.INFO)
     try:
+        resumes = isinstance(settings, PPO) and settings.resume is not None
+        if resumes:
+            common.run = resumed_run(common, settings)
+            settings = as_begun(common, settings)
+        elif isinstance(settings, Run) and settings.ppo.resume is not None:
+            raise ValueError("expected resume with the stage ppo, got it with run")
         if process_number() == 0 and name != "check":
             common.run = run_folder(common, name)
-            refuse_to_replace(common, name)
-        if name in ("run", "loop"):
-            save_config(common, "config.yaml" if name == "run" else "config-loop.yaml", chosen)
-        if name in ("run", "ppo"):
-            code = function(common, settings)
-        else:
-            code = on_first_process(function, common, settings)
-        if name in MAKES:
-            save_config(common, f"config-{name}.yaml", chosen)
+            if not resumes:
+                refuse_to_replace(common, name)
+        with held(common, name):
+            if name in ("run", "loop"):
+                file = "config.yaml" if name == "run" else "config-loop.yaml"
+                save_config(common, file, chosen)
+            if name in ("run", "ppo"):
+                code = function(common, settings)
+            else:
+                code = on_first_process(function, common, settings)
+            if name in MAKES and not resumes:
+                save_config(common, f"config-{name}.yaml", chosen)
     except KeyboardInterrupt:
         say("train.py: interrupted; what earlier stages left is in place")
         return 130
@@ -2094,7 +2264,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"train.py {name}: error{which}: {message}", file=sys.stderr)
         print("(RLHF_GYM_DEBUG=1 shows where)", file=sys.stderr)
         return 1
+    except Exception as error:
+        signum = getattr(error, "signum", None)  # StoppedBySignal, which is not imported here
+        if signum is None:
+            raise
+        say(f"train.py {name}: {error}: python train.py ppo --resume {common.run}")
+        return 128 + int(signum)
     return code or 0
+
+
+def resumed_run(common: Common, settings: PPO) -> Path:
+    """Return the run folder to go on with, which `run` may name too."""
+    assert settings.resume is not None
+    if common.run not in (None, settings.resume):
+        raise ValueError(f"expected one run folder, got --run {common.run} and {settings.resume}")
+    return settings.resume
+
+
+@contextmanager
+def held(common: Common, name: str) -> Iterator[None]:
+    """Hold the run folder for this process, in stages that leave something in it."""
+    if process_number() > 0 or name not in (*MAKES, "run", "loop"):
+        yield
+        return
+    from agents.checkpoint_store import one_process
+
+    with one_process(folder_of(common)):
+        yield
 
 
 def run_folder(common: Common, name: str) -> Path:

@@ -7,6 +7,9 @@ from stable_baselines3 import A2C, PPO
 
 from agents.buffer import TokenRolloutBuffer
 from agents.callbacks import SampleTextCallback, SavePretrainedCallback
+from agents.checkpoint import DamagedCheckpoint
+from agents.checkpoint_callback import CheckpointFolderCallback, StoppedBySignal
+from agents.checkpoint_store import CheckpointStore, newest_whole
 from agents.critic_free import TokenA2C, TokenGRPO, TokenRLOO
 from agents.doctor import DoctorCallback
 from agents.lm_reader import LMReader
@@ -20,11 +23,15 @@ for _algorithm in (A2C, PPO):
 
 __all__ = [
     "CausalLMPolicy",
+    "CheckpointFolderCallback",
+    "CheckpointStore",
+    "DamagedCheckpoint",
     "DoctorCallback",
     "LMFeatures",
     "LMReader",
     "SampleTextCallback",
     "SavePretrainedCallback",
+    "StoppedBySignal",
     "TokenA2C",
     "TokenEmbeddingExtractor",
     "TokenGRPO",
@@ -34,4 +41,5 @@ __all__ = [
     "TopKActions",
     "VecLMFeatures",
     "VecTopKActions",
+    "newest_whole",
 ]

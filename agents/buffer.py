@@ -1,6 +1,6 @@
 """TokenRolloutBuffer: a rollout's tokens, each stored once, given out as whole sequences."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,9 @@ from agents import ranks
 from agents.masks import ActionMasks
 from agents.nonfinite import LARGEST, NonFiniteError
 from agents.sequences import PAD, TokenBatch, deal, n_minibatches, pad_right
+
+STORED = ("actions", "rewards", "episode_starts", "values", "log_probs", "lengths", "mask_ids")
+"""What a step stores, (n_steps, n_envs) each; the rest is made when a rollout is full."""
 
 
 class TokenRolloutSamples(NamedTuple):
@@ -76,13 +79,17 @@ class TokenRolloutBuffer(RolloutBuffer):
         self.before_advantages: Callable[[], None] = lambda: None
         self.action_masks: ActionMasks | None = None
         self.skip_nonfinite = False  # leave such sequences out, rather than raise
+        self._goes_on = False
         self.in_step = False  # as many batches on each rank: sharded models run together
         super().__init__(
             buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs
         )
 
     def reset(self) -> None:
-        """Empty the buffer."""
+        """Empty the buffer; one that `set_state` has filled goes on once."""
+        if self._goes_on:
+            self._goes_on = False
+            return
         shape = (self.buffer_size, self.n_envs)
         self.actions = np.zeros(shape, dtype=np.int32)
         self.mask_ids = np.zeros(shape, dtype=np.int32)
@@ -135,10 +142,53 @@ class TokenRolloutBuffer(RolloutBuffer):
         self.lengths[step] = length
         if self.action_masks is not None:
             self.mask_ids[step] = self.action_masks.mask_id
-        self.pos += 1
-        if self.pos == self.buffer_size:
-            self.full = True
-            self.segments = self._cut()
+        self._fill_to(self.pos + 1)
+
+    def get_state(self) -> dict[str, th.Tensor]:
+        """Return what has been stored of a rollout under way, up to the last step."""
+        state = {name: th.from_numpy(getattr(self, name)[: self.pos].copy()) for name in STORED}
+        contexts = [th.from_numpy(ids) for ids in self._contexts.values()]
+        state["context_places"] = th.tensor(list(self._contexts), dtype=th.int32).reshape(-1, 2)
+        state["context_lengths"] = th.tensor([len(ids) for ids in contexts], dtype=th.int32)
+        state["context_ids"] = th.cat([th.zeros(0, dtype=th.int32), *contexts])
+        return state
+
+    def set_state(self, state: Mapping[str, th.Tensor]) -> None:
+        """Go on from `get_state`: the next `reset` leaves what is stored.
+
+        Raises:
+            ValueError: If the rollout has other rows, or more steps than this buffer.
+        """
+        n_steps, n_envs = state["actions"].shape
+        if n_envs != self.n_envs or n_steps > self.buffer_size:
+            raise ValueError(
+                f"expected a rollout of {self.n_envs} rows and at most {self.buffer_size} steps, "
+                f"got {n_envs} rows and {n_steps} steps"
+            )
+        self._goes_on = False
+        self.reset()
+        for name in STORED:
+            getattr(self, name)[:n_steps] = state[name].numpy()
+        parts = state["context_ids"].split(state["context_lengths"].tolist())
+        for (row, step), ids in zip(state["context_places"].tolist(), parts, strict=True):
+            self._contexts[row, step] = ids.numpy().copy()
+        self._fill_to(n_steps)
+        self._goes_on = True
+
+    def drop(self) -> None:
+        """Let the next `reset` empty the buffer, whatever `set_state` has put there."""
+        self._goes_on = False
+
+    def take_back(self) -> None:
+        """Forget the step stored last."""
+        step = self.pos - 1
+        for row in range(self.n_envs):
+            self._contexts.pop((row, step), None)
+        self._fill_to(step)
+
+    def _fill_to(self, n_steps: int) -> None:
+        self.pos, self.full = n_steps, n_steps == self.buffer_size
+        self.segments = self._cut() if self.full else []
 
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """Compute returns and advantages, after `before_advantages`.

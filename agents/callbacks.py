@@ -65,6 +65,14 @@ class SampleTextCallback(BaseCallback):
                     line = {"num_timesteps": self.num_timesteps, **row}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    def get_state(self) -> dict[str, int]:
+        """Return how many rollouts there were, for checkpoints."""
+        return {"rollouts": self._rollouts}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go on from `get_state`."""
+        self._rollouts = state["rollouts"]
+
 
 class SavePretrainedCallback(BaseCallback):
     """Saves the policy's language model for `AutoModelForCausalLM.from_pretrained`.
@@ -106,6 +114,14 @@ class SavePretrainedCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._save()
+
+    def get_state(self) -> dict[str, int]:
+        """Return how many rollouts there were, for checkpoints."""
+        return {"rollouts": self._rollouts}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go on from `get_state`."""
+        self._rollouts = state["rollouts"]
 
     def _save(self) -> None:
         policy = self.model.policy

@@ -92,6 +92,7 @@ class DoctorCallback(BaseCallback):
             "waiting": list(self._waiting),
             "judged": list(self._judged),
             "last_timesteps": self._last_timesteps,
+            "stopping": self._stopping,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -101,6 +102,7 @@ class DoctorCallback(BaseCallback):
         self._n_updates = state["n_updates"]
         self._waiting, self._judged = list(state["waiting"]), list(state["judged"])
         self._last_timesteps = state["last_timesteps"]
+        self._stopping = state["stopping"]
 
     def _on_training_start(self) -> None:
         self._stopping = False
@@ -126,6 +128,7 @@ class DoctorCallback(BaseCallback):
     def _on_training_end(self) -> None:
         if self._look_at_update():
             self._examine()
+        self._stopping = False  # it has stopped: what is saved from now on may go on
 
     # ------------------------------------------------------------------------ the figures
 

@@ -34,6 +34,16 @@ class ActionMasks:
         """Return the distinct masks so far: (M, V) bool."""
         return th.stack(self._table)
 
+    @property
+    def known(self) -> bool:
+        """Whether there was a mask yet."""
+        return bool(self._table)
+
+    def know(self, table: th.Tensor) -> None:
+        """Begin with the masks that a rollout has met before, (M, V) bool."""
+        for mask in table.cpu().numpy():
+            self._intern(mask)
+
     def _intern(self, mask: np.ndarray) -> int:
         key = mask.tobytes()
         if key not in self._index:

@@ -14,14 +14,13 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 import torch as th
-from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file, recursive_getattr
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import explained_variance
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
@@ -36,6 +35,7 @@ from agents.lora import has_adapters
 from agents.masks import ActionMasks
 from agents.nonfinite import NonFiniteError, checked_choice
 from agents.policy import CausalLMPolicy
+from agents.resumable import ResumablePPO
 from agents.sequences import PAD, TokenBatch
 
 PROBED = 8
@@ -59,7 +59,7 @@ class Evaluation(th.nn.Module):
         return self.policy.evaluate(batch, actions)
 
 
-class TokenPPO(PPO):
+class TokenPPO(ResumablePPO):
     """PPO over tokens (Schulman et al. 2017, eq. 7), with advantages by GAE (2016, eq. 16).
 
     The reward of each token is r_t − β·(log π(a_t) − log π_ref(a_t)), where r_t is the
@@ -82,7 +82,6 @@ class TokenPPO(PPO):
     rollout_buffer: TokenRolloutBuffer
     _current_progress_remaining: float
     _collecting = False
-    _num_timesteps = 0
     _alone: ranks.OneForAll | None = None
 
     def __init__(
@@ -194,7 +193,7 @@ class TokenPPO(PPO):
         self.reference: Reference | None = None
         self.whole_episodes = whole_episodes
         self.value_warmup = value_warmup
-        self.on_nonfinite = checked_choice(on_nonfinite, ranks.world_size())
+        self.on_nonfinite = on_nonfinite
         self.nonfinite_skipped = 0
         self.finished_episodes: list[dict[str, Any]] = []
         with warnings.catch_warnings():
@@ -234,6 +233,7 @@ class TokenPPO(PPO):
 
     def _setup_model(self) -> None:
         """Build buffer and policy as SB3 does, then the reference."""
+        skip = checked_choice(self.on_nonfinite, ranks.world_size()) == "skip"
         super()._setup_model()
         self.shard = self.shard and ranks.world_size() > 1  # saved by several, loaded by one
         ranks.copy_from_first(self.policy)
@@ -241,7 +241,6 @@ class TokenPPO(PPO):
             self.set_logger(Logger(None, []))
         self.rollout_buffer.before_advantages = self._finish_rollout
         self.rollout_buffer.in_step = self.shard
-        skip = self.on_nonfinite == "skip"
         self.rollout_buffer.skip_nonfinite = self.policy.guard.skip = skip
         if self.env is not None:
             self._allow_tokens_of(self.env)
@@ -317,24 +316,62 @@ class TokenPPO(PPO):
         self._allow_tokens_of(env)
         masks = ActionMasks(env, self.device) if env.has_attr("action_masks") else None
         self.policy.action_masks = self.rollout_buffer.action_masks = masks
+        if self.rollout_under_way:
+            n_rollout_steps -= self._continue_rollout(masks)
+        else:
+            self._begin_rollout(env)
+        self._set_value_only()
+        self.kl.coef = ranks.gather([self.kl.coef])[0]  # a callback of rank 0 may have changed it
+        if n_rollout_steps == 0:
+            with self._saying_where():
+                return self._end_rollout(callback)
+        self._collecting = True
+        try:
+            with self._saying_where(), self.policy.register_forward_pre_hook(self._before_token):
+                going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        finally:
+            self._collecting = False
+        self.rollout_under_way = False
+        if not going_on:  # within the rollout, where the others' tokens are an estimate
+            self._num_timesteps = ranks.gather([self._num_timesteps])[0]
+        return going_on
+
+    def _begin_rollout(self, env: VecEnv) -> None:
+        """Set what is counted from a rollout's start; begin fresh episodes, if it is to be so."""
+        self._go_on()
         self.finished_episodes = []
         if self.whole_episodes:
             self._require_long_rollouts(env)
             self._last_obs = env.reset()  # type: ignore[assignment]
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
         self._tokens_before = self._num_timesteps
-        self._set_value_only()
-        self.kl.coef = ranks.gather([self.kl.coef])[0]  # a callback of rank 0 may have changed it
         self._open_kl[self._last_episode_starts] = 0
-        self._collecting = True
-        try:
-            with self._saying_where():
-                going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-        finally:
-            self._collecting = False
-        if not going_on:  # within the rollout, where the others' tokens are an estimate
-            self._num_timesteps = ranks.gather([self._num_timesteps])[0]
-        return going_on
+        self.rollout_under_way, self._step_seen = True, -1
+
+    def _continue_rollout(self, masks: ActionMasks | None) -> int:
+        """Take up the rollout that a checkpoint was made in; return how many steps it has."""
+        assert self._stored is not None
+        state, tensors = self._stored
+        self._num_timesteps = state["progress"]["num_timesteps"]
+        if masks is not None and "masks" in tensors["rollout"]:
+            masks.know(tensors["rollout"]["masks"])
+        self._step_seen = -1
+        return self.rollout_buffer.pos
+
+    def _end_rollout(self, callback: BaseCallback) -> bool:
+        """Do what SB3's loop does after its last step, where a checkpoint was made in that."""
+        callback.on_rollout_start()
+        self._go_on()
+        self.rollout_buffer.drop()
+        assert self._last_obs is not None and self._last_episode_starts is not None
+        with th.no_grad():
+            values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))
+        dones = self._last_episode_starts
+        self.rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        self.rollout_under_way = False
+        return True
 
     @property  # type: ignore[override]
     def num_timesteps(self) -> int:
@@ -581,22 +618,19 @@ class TokenPPO(PPO):
         state = self.policy.lm.state_dict() if lm_only else super().get_parameters()
         return ranks.whole(state, keep)
 
-    def set_parameters(
-        self,
-        load_path_or_dict: str | dict[str, dict],
-        exact_match: bool = True,
-        device: th.device | str = "auto",
-    ) -> None:
+    def _set_states(self, states: Any, exact_match: bool, device: th.device | str) -> None:
         """Set SB3's state dicts; whole ones of a sharded model, on all ranks at once."""
+        needed = self._get_torch_save_params()[0]
         if not self.shard:
-            super().set_parameters(load_path_or_dict, exact_match, device)
+            if isinstance(states, dict) and "reference" in needed and self.reference is not None:
+                # A checkpoint's is set by itself.
+                states = {"reference": self.reference.state_dict(), **states}
+            super()._set_states(states, exact_match, device)
             return
-        states = load_path_or_dict
         if not isinstance(states, dict):
             _, states, _ = load_from_zip_file(states, device=self.device, load_data=False)
-        expected = set(super().get_parameters())
-        if exact_match and set(states) != expected:
-            raise ValueError(f"expected parameters of {sorted(expected)}, got {sorted(states)}")
+        if exact_match and set(states) | {"reference"} != {*needed, "reference"}:
+            raise ValueError(f"expected parameters of {sorted(needed)}, got {sorted(states)}")
         options = StateDictOptions(full_state_dict=True)
         for name, state in states.items():
             part = recursive_getattr(self, name)
@@ -606,13 +640,6 @@ class TokenPPO(PPO):
             else:
                 set_model_state_dict(part, state, options=options)
         self.policy.gather()
-
-    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:
-        """Save as SB3 does; with several ranks, rank 0 does it (all must call it, if sharded)."""
-        if ranks.rank() == 0:
-            super().save(path, exclude, include)
-        elif self.shard:
-            self.gather_parameters(keep=False)
 
     def _excluded_save_params(self) -> list[str]:
         """Keep models and text out of SB3's pickled part."""

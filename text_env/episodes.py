@@ -310,6 +310,7 @@ class Episodes:
         """Everything that changes, as JSON types (if the columns of a given prompt are)."""
         return {
             "prompts": self.task.prompts.fingerprint(),
+            "rules": self.task.rules(),
             "started": self._started,
             "rows": [self._row_state(row) for row in range(self.num_rows)],
         }
@@ -318,13 +319,20 @@ class Episodes:
         """Go on from `get_state`, in a batch made with the same arguments.
 
         Raises:
-            ValueError: The state is of another number of rows or of other prompts.
+            ValueError: The state is of another number of rows, other prompts, or another task.
         """
         rows = state["rows"]
         if len(rows) != self.num_rows:
             raise ValueError(f"state: expected {self.num_rows} rows, got {len(rows)}")
         if state["prompts"] != self.task.prompts.fingerprint():
             raise ValueError("state: expected one of the same prompts and tokenizer, got another's")
+        rules = self.task.rules()
+        if other := [k for k, v in rules.items() if state["rules"].get(k) != v]:
+            there = {name: state["rules"].get(name) for name in other}
+            here = {name: rules[name] for name in other}
+            raise ValueError(
+                f"state: expected one of the same task, {here}, got another's, {there}"
+            )
         self._started = state["started"]
         for row, row_state in enumerate(rows):
             self._set_row_state(row, row_state)

@@ -3,6 +3,7 @@
 Leaves out the state of episodes (`episodes`).
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from gymnasium import spaces
 
 from text_env.prompts import PromptSet, beginning, shorten
 from text_env.scoring import RewardFunction, load_reward
-from text_env.vocabulary import Vocabulary, load_tokenizer
+from text_env.vocabulary import Vocabulary, fingerprint, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,6 +102,19 @@ class TextTask:
             dtype=self.obs_dtype.type,
         )
         self.action_space = spaces.Discrete(self.vocabulary.size)
+
+    def rules(self) -> dict[str, Any]:
+        """What tells this task from others, its prompts and reward apart, as JSON types."""
+        allowed = self.vocabulary.allowed_tokens
+        return {
+            "tokenizer": fingerprint(self.tokenizer),
+            "allowed tokens": hashlib.sha256(allowed.tobytes()).hexdigest()[:16],
+            "stop": list(self.vocabulary.stop),
+            "max_new_tokens": self.max_new_tokens,
+            "min_new_tokens": self.min_new_tokens,
+            "missing_eos_penalty": self.missing_eos_penalty,
+            "shuffle": self.shuffle,
+        }
 
 
 def _check_budget(max_new_tokens: int, min_new_tokens: int) -> None:

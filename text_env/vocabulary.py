@@ -3,6 +3,7 @@
 Leaves out prompts (`prompts`) and the state of episodes (`episodes`).
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -164,6 +165,17 @@ def load_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase") -> "PreTra
             f"tokenizer: expected the folder or hub id of one, got {str(tokenizer)!r} ({reason})"
         ) from error
     return loaded
+
+
+def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Sixteen hexadecimal digits that change when a text's ids, or a chat's text, would."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),
+        sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
+        getattr(tokenizer, "chat_template", None),
+    ]
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:

@@ -1,0 +1,111 @@
+"""`train.py ppo --resume RUN`: stopped by a signal, gone on with, and the same as never stopped."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from checkpoint_fixtures import TIMES
+from test_train import own  # noqa: F401
+
+import agents.callbacks
+import train
+
+COMMON = "--device cpu --dtype float32"
+
+
+def line(folder: Path, run: Path, **changes) -> list[str]:
+    settings = {
+        "policy": folder / "lm",
+        "reward_model": folder / "encoder",
+        "prompts": folder / "prompts.txt",
+        "total_timesteps": 256,
+        "n_envs": 4,
+        "n_steps": 16,
+        "batch_size": 32,
+        "trainable_layers": 1,
+        "learning_rate": "1e-3",
+        "max_new_tokens": 12,
+        "checkpoint_every": 2,
+        **changes,
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return ["ppo", "--run", str(run), *COMMON.split(), *flags]
+
+
+def rows(run: Path) -> list[dict]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in lines]
+
+
+def stop_in(monkeypatch, rollout: int) -> None:
+    """Send SIGTERM as a rollout ends; the next token is the next rollout's first."""
+    seen = agents.callbacks.SampleTextCallback._on_rollout_end
+
+    def then_stop(self) -> None:
+        seen(self)
+        if self._rollouts == rollout:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(agents.callbacks.SampleTextCallback, "_on_rollout_end", then_stop)
+
+
+def test_a_stopped_run_goes_on_and_is_the_same(own, tmp_path, monkeypatch, capsys) -> None:  # noqa: F811
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert train.main(line(own, a)) == 0
+    with monkeypatch.context() as patch:
+        stop_in(patch, 3)
+        assert train.main(line(own, b)) == 143
+    said = capsys.readouterr().out
+    assert "stopped by SIGTERM" in said and f"python train.py ppo --resume {b}" in said
+    assert not (b / "policy").exists()
+    # a new training does not throw the stopped one away, nor does one of other settings go on
+    assert train.main(line(own, b)) == 1
+    assert "has checkpoints of a training that was stopped" in capsys.readouterr().err
+    assert train.main(["ppo", "--resume", str(b), "--n_epochs", "5"]) == 1
+    assert "began with, where n_epochs is 2, not 5" in capsys.readouterr().err
+    assert train.main(["ppo", "--resume", str(b), "--device", "cpu"]) == 0
+    assert repr(rows(a)) == repr(rows(b)) and len(rows(b)) == 4
+    for name in ("samples.jsonl", "policy/model.safetensors", "policy/config.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert {p.name for p in a.iterdir()} >= {p.name for p in b.iterdir()} - {"config-ppo.yaml"}
+    assert [p.name for p in (b / "checkpoints").glob("step-*")][-1] == "step-00000256"
+    assert not (b / "ppo.unfinished").exists()
+    # a finished run has nothing left to do, unless it is to have more tokens
+    assert train.main(["ppo", "--resume", str(b)]) == 1
+    assert "is finished, with 256 tokens: expected more" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="total_timesteps: 256 in the checkpoint, 320 from now"):
+        assert train.main(["ppo", "--resume", str(b), "--total_timesteps", "320"]) == 0
+    assert len(rows(b)) == 5 and json.loads((b / "stages/ppo.json").read_text())["tokens"] == 320
+
+
+def test_other_models_are_refused_by_name(own, tmp_path, monkeypatch, capsys) -> None:  # noqa: F811
+    mine, run = tmp_path / "own", tmp_path / "run"
+    shutil.copytree(own, mine)
+    with monkeypatch.context() as patch:
+        stop_in(patch, 1)
+        assert train.main(line(mine, run, total_timesteps=128)) == 143
+    for name, changed in (("policy", "lm"), ("reward model", "encoder"), ("tokenizer", "lm")):
+        file = mine / changed / ("tokenizer.json" if name == "tokenizer" else "config.json")
+        before = file.read_text()
+        if name == "tokenizer":
+            file.write_text(before.replace('"<eos>"', '"<end>"'))
+        else:
+            file.write_text(before.replace("{", "{ ", 1))
+        assert train.main(["ppo", "--resume", str(run)]) == 1
+        error = capsys.readouterr().err
+        assert name in error.splitlines()[0], error
+        file.write_text(before)
+    prompts = mine / "prompts.txt"
+    before = prompts.read_text()
+    prompts.write_text(before.replace("made", "wrote"))
+    assert train.main(["ppo", "--resume", str(run)]) == 1
+    assert "prompts" in capsys.readouterr().err.splitlines()[0]
+    prompts.write_text(before)
+    (run / "ppo.unfinished/metrics.jsonl").write_text("")
+    assert train.main(["ppo", "--resume", str(run)]) == 1
+    assert "metrics.jsonl: expected at least" in capsys.readouterr().err
+    assert train.main(["ppo", "--resume", str(tmp_path / "nothing")]) == 1
+    assert "expected a run folder with checkpoints" in capsys.readouterr().err

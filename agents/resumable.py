@@ -155,7 +155,8 @@ class ResumablePPO(PPO):
             return
         episodes, successes = self.ep_info_buffer, self.ep_success_buffer
         before = (self._last_obs, self._last_episode_starts, self.finished_episodes)
-        assert episodes is not None and successes is not None and self._last_obs is not None
+        assert episodes is not None and successes is not None
+        assert self._last_obs is not None and self._last_episode_starts is not None
         self.ep_info_buffer, self.ep_success_buffer = episodes.copy(), successes.copy()
         self.finished_episodes = list(self.finished_episodes)
         self._update_info_buffer(loop["infos"], loop["dones"])

@@ -334,6 +334,9 @@ class TokenPPO(ResumablePPO):
         self.rollout_under_way = False
         if not going_on:  # within the rollout, where the others' tokens are an estimate
             self._num_timesteps = ranks.gather([self._num_timesteps])[0]
+            # The loop stops short of noting where the environment has come to.
+            self._last_obs = callback.locals["new_obs"]
+            self._last_episode_starts = callback.locals["dones"]
         return going_on
 
     def _begin_rollout(self, env: VecEnv) -> None:

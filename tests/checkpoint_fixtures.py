@@ -120,12 +120,14 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda x: np.asarray(x).tolist()))
 
 
-def run(model: TokenPPO, total: int, callback: Watch, go_on: bool = False) -> list[dict[str, Any]]:
+def run(
+    model: TokenPPO, total: int, callback: Watch, go_on: bool = False, *others: BaseCallback
+) -> list[dict[str, Any]]:
     """Train; return what was logged."""
     rows = Rows()
     model.set_logger(Logger(None, [rows]))
     with contextlib.suppress(Stop):
-        model.learn(total, callback=[callback], reset_num_timesteps=not go_on)
+        model.learn(total, callback=[*others, callback], reset_num_timesteps=not go_on)
     return rows.rows
 
 

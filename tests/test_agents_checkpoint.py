@@ -28,8 +28,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecMonitor
 
-from agents import TokenA2C, TokenGRPO, TokenPPO, TokenRLOO
+from agents import DoctorCallback, TokenA2C, TokenGRPO, TokenPPO, TokenRLOO
 from agents.checkpoint import read_checkpoint, write_checkpoint
+from agents.nonfinite import NonFiniteError
 
 TOTAL = 80
 """Tokens: four rollouts of 3 rows and 8 steps, the last of which goes beyond it."""
@@ -153,6 +154,63 @@ def make_model_of(algorithm, env, changes):
             policy_kwargs=kwargs, **changes,
         )  # fmt: skip
     return make_model(env, algorithm, policy_kwargs=kwargs, **changes)
+
+
+def without_b(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
+    return [float("nan") if "b" in c else float(c.count("a")) for c in completions]
+
+
+def bad_scores_env():
+    return make_env(reward_fn=without_b, nonfinite_scores="pass")
+
+
+def test_what_was_skipped_and_what_the_doctor_saw_go_on(tmp_path) -> None:
+    limits = {"window": 1, "min_episodes": 2, "still": 1e9}
+    stops = [3, 8, 13, 29]
+    model = make_model(bad_scores_env(), on_nonfinite="skip")
+    callback, doctor = Watch(tmp_path, stops), DoctorCallback(tmp_path / "doctor.jsonl", **limits)
+    rows = run(model, TOTAL, callback, False, doctor)
+    never = result(model, tmp_path / "end", rows, callback)
+    assert model.nonfinite_skipped > 0 and model.policy.guard.n_steps > 0
+    assert doctor.findings != []
+    for stop in stops:
+        model = TokenPPO.load(tmp_path / str(stop), bad_scores_env(), "cpu", learning_rate=decay)
+        callback, again = Watch(tmp_path, []), DoctorCallback(**limits)
+        rows = run(model, TOTAL, callback, True, again)
+        assert differences(never, result(model, tmp_path / "again", rows, callback)) == [], stop
+        assert again.findings == doctor.findings and again.seen == doctor.seen
+
+
+def test_a_rollout_that_is_loaded_at_its_last_step_names_what_is_not_finite(tmp_path) -> None:
+    model = make_model(bad_scores_env(), on_nonfinite="skip")
+    run(model, TOTAL, Watch(tmp_path, [8], at="step"))
+    with pytest.warns(UserWarning, match="on_nonfinite: 'skip' in the checkpoint, 'raise' from"):
+        model = TokenPPO.load(
+            tmp_path / "8", bad_scores_env(), "cpu", learning_rate=decay, on_nonfinite="raise"
+        )
+    with pytest.raises(NonFiniteError, match=r"reward: .* in the text '.*', at step 24"):
+        model.learn(TOTAL, reset_num_timesteps=False)
+    with pytest.raises(ValueError, match="expected on_nonfinite"):
+        TokenPPO.load(tmp_path / "8", learning_rate=decay, on_nonfinite="ignore")
+
+
+def test_a_run_that_the_doctor_stops_stops_at_the_same_token(tmp_path) -> None:
+    def doctor() -> DoctorCallback:
+        return DoctorCallback(stop_on=["constant_score"], window=1, min_episodes=1)
+
+    def constant_env():
+        return make_env(reward_fn=lambda prompts, completions, **_: [1.0] * len(prompts))
+
+    model = make_model(constant_env())
+    run(model, TOTAL, Watch(tmp_path, [8]), False, doctor())
+    assert model.num_timesteps == 27  # at the first step after the update
+    model.save(tmp_path / "end")
+    model = TokenPPO.load(tmp_path / "8", constant_env(), "cpu", learning_rate=decay)
+    run(model, TOTAL, Watch(tmp_path, []), True, doctor())
+    assert model.num_timesteps == 27
+    model = TokenPPO.load(tmp_path / "end", constant_env(), "cpu", learning_rate=decay)
+    run(model, TOTAL, Watch(tmp_path, []), True, doctor())
+    assert model.num_timesteps > 27  # another rollout, which shows the same
 
 
 # ------------------------------------------------------------------ each item counts

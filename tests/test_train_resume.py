@@ -68,10 +68,11 @@ def test_a_stopped_run_goes_on_and_is_the_same(own, tmp_path, monkeypatch, capsy
     assert "began with, where n_epochs is 2, not 5" in capsys.readouterr().err
     assert train.main(["ppo", "--resume", str(b), "--device", "cpu"]) == 0
     assert repr(rows(a)) == repr(rows(b)) and len(rows(b)) == 4
-    for name in ("samples.jsonl", "policy/model.safetensors", "policy/config.json"):
+    made = ("samples.jsonl", "doctor.jsonl", "policy/model.safetensors", "policy/config.json")
+    for name in made:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     assert {p.name for p in a.iterdir()} >= {p.name for p in b.iterdir()} - {"config-ppo.yaml"}
-    assert [p.name for p in (b / "checkpoints").glob("step-*")][-1] == "step-00000256"
+    assert max(p.name for p in (b / "checkpoints").glob("step-*")) == "step-00000256"
     assert not (b / "ppo.unfinished").exists()
     # a finished run has nothing left to do, unless it is to have more tokens
     assert train.main(["ppo", "--resume", str(b)]) == 1
@@ -79,6 +80,36 @@ def test_a_stopped_run_goes_on_and_is_the_same(own, tmp_path, monkeypatch, capsy
     with pytest.warns(UserWarning, match="total_timesteps: 256 in the checkpoint, 320 from now"):
         assert train.main(["ppo", "--resume", str(b), "--total_timesteps", "320"]) == 0
     assert len(rows(b)) == 5 and json.loads((b / "stages/ppo.json").read_text())["tokens"] == 320
+
+
+def test_the_doctor_of_a_stopped_run_goes_on(own, tmp_path, monkeypatch) -> None:  # noqa: F811
+    a, b = tmp_path / "a", tmp_path / "b"
+    settings = {"total_timesteps": 512, "learning_rate": 0.0, "n_envs": 8}  # nothing is learned
+    assert train.main(line(own, a, **settings)) == 0
+    with monkeypatch.context() as patch:
+        stop_in(patch, 3)
+        assert train.main(line(own, b, **settings)) == 143
+    with (b / "ppo.unfinished/doctor.jsonl").open("a") as file:  # after the checkpoint, before -9
+        file.write('{"name": "kl_runaway"}\n')
+    assert train.main(["ppo", "--resume", str(b)]) == 0
+    found = (a / "doctor.jsonl").read_text()
+    assert found and (b / "doctor.jsonl").read_text() == found
+    names = [json.loads(text)["name"] for text in found.splitlines()]
+    for run in (a, b):
+        assert json.loads((run / "stages/ppo.json").read_text())["doctor"] == names
+    assert repr(rows(a)) == repr(rows(b))
+
+
+def test_a_run_that_the_doctor_stopped_can_go_on(own, tmp_path, capsys) -> None:  # noqa: F811
+    run, stop_on = tmp_path / "run", "--stop_on=[eos_gone,constant_score,clip_fraction_zero]"
+    settings = {"total_timesteps": 1024, "learning_rate": 0.0, "n_envs": 8}
+    assert train.main([*line(own, run, **settings), stop_on]) == 0
+    stopped_at = json.loads((run / "stages/ppo.json").read_text())["tokens"]
+    assert stopped_at < 1024
+    assert train.main(["ppo", "--resume", str(run), "--stop_on=[judge_falls]"]) == 1
+    assert "began with, where stop_on is [" in capsys.readouterr().err
+    assert train.main(["ppo", "--resume", str(run)]) == 0
+    assert stopped_at < json.loads((run / "stages/ppo.json").read_text())["tokens"]
 
 
 def test_other_models_are_refused_by_name(own, tmp_path, monkeypatch, capsys) -> None:  # noqa: F811

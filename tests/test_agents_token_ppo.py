@@ -433,8 +433,8 @@ def test_sb3s_callbacks_fire(tmp_path) -> None:
     every = EveryNTimesteps(64, AtStep(lambda: ticks.append(1)))
     make_model().learn(256, callback=CallbackList([evaluate, checkpoint, every]))
     assert len(ticks) == 4
-    assert (tmp_path / "best" / "best_model.zip").exists()
-    assert len(list((tmp_path / "checkpoints").glob("*.zip"))) == 2
+    assert (tmp_path / "best" / "best_model" / "manifest.json").exists()
+    assert len(list((tmp_path / "checkpoints").glob("*/manifest.json"))) == 2
     assert np.load(tmp_path / "log" / "evaluations.npz")["results"].shape == (2, 3)
 
     model = make_model()

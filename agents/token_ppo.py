@@ -332,11 +332,11 @@ class TokenPPO(ResumablePPO):
         finally:
             self._collecting = False
         self.rollout_under_way = False
-        if not going_on:  # within the rollout, where the others' tokens are an estimate
+        if not going_on:  # a callback's word, upon which SB3's loop leaves the step half done
+            loop = callback.locals
+            self._last_obs, self._last_episode_starts = loop["new_obs"], loop["dones"]
+            # Within the rollout, the others' tokens are an estimate.
             self._num_timesteps = ranks.gather([self._num_timesteps])[0]
-            # The loop stops short of noting where the environment has come to.
-            self._last_obs = callback.locals["new_obs"]
-            self._last_episode_starts = callback.locals["dones"]
         return going_on
 
     def _begin_rollout(self, env: VecEnv) -> None:

@@ -42,7 +42,7 @@ def split(
     if isinstance(eval_feedback, int | float):
         if not 0 < eval_feedback < 1:
             raise ValueError(f"expected a fraction between 0 and 1, got {eval_feedback}")
-        item = {id(record): min(record.texts) for record in feedback}  # a pair's, whoever won
+        item = {id(record): tuple(sorted(record.texts)) for record in feedback}  # whoever won
         items = sorted(set(item.values()))
         drawn = set(random.Random(seed).sample(items, math.ceil(eval_feedback * len(items))))
         held_out = [record for record in feedback if item[id(record)] in drawn]

@@ -2,6 +2,7 @@
 
     python -m benchmarks.baselines --tune     choose among each algorithm's candidates
     python -m benchmarks.baselines            run the grid, write the report
+        --known benchmarks/baselines-results.json     but for what was run for the README
 
 Each run is a file under <out>/results: what is there already, with the same settings and budget, is
 not run again, so that a stopped grid goes on where it was. Movie sentences need a warm start and a
@@ -166,6 +167,15 @@ def run(
     return [found[job.file] for job in jobs if job.file in found]
 
 
+def take_over(jobs: Sequence[Job], known: Path, folder: Path) -> None:
+    """Put known results where those of the jobs are kept, if there are none yet."""
+    for result in json.loads(known.read_text(encoding="utf-8")):
+        for job in jobs:
+            same = all(result[key] == value for key, value in asdict(job).items())
+            if same and not (folder / job.file).exists():
+                write(folder / job.file, result)
+
+
 def end_with_parent() -> None:
     """Let this process end when the one that started it does, however that ends."""
     parent = multiprocessing.parent_process()
@@ -226,6 +236,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help="default: all")
     parser.add_argument("--algorithms", nargs="+", help="default: all that learn")
     parser.add_argument("--seeds", type=int, help="default: as configured")
+    parser.add_argument(
+        "--known", type=Path, help="results of an earlier grid (baselines.json) to take over"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("runs/baselines"))
     given = parser.parse_args()
@@ -256,6 +269,8 @@ def main() -> None:
         print(f"Chosen settings: {file}")
         sys.exit(len(results) < len(jobs))
     jobs = list(grid(config, known, given.seeds))
+    if given.known is not None:
+        take_over(jobs, given.known, given.out / "results")
     results = run(jobs, given.out / "results", given.processes, movies)
     from benchmarks.baselines_report import write_report
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import yaml
 
 from benchmarks import baselines
 from benchmarks.algorithms import LEARNERS, Budget, reference
-from benchmarks.baselines import CONFIG, Job, candidates, choose, grid, run
+from benchmarks.baselines import CONFIG, Job, candidates, choose, grid, run, take_over
 from benchmarks.baselines_report import write_report
 from benchmarks.small_runs import run_small
 from benchmarks.small_tasks import CLASSES, LETTERS, PATTERN, Enumeration
@@ -215,6 +216,18 @@ def test_a_stopped_grid_goes_on_and_a_failed_run_is_named(tmp_path, monkeypatch,
     file.write_text("{")  # half a file is no result
     run([changed], tmp_path, 1)
     assert json.loads(file.read_text())["settings"] == {"a": 2}
+
+
+def test_known_results_are_taken_over_if_they_are_the_same_runs(tmp_path) -> None:
+    """Those behind the README's figures are all of the small tasks' grid as it is configured."""
+    record = CONFIG.with_name("baselines-results.json")
+    chosen = yaml.safe_load(CONFIG.with_name("baselines-chosen.yaml").read_text())
+    budgets = {k: v for k, v in CONFIGURED["budgets"].items() if k != "movies"}
+    jobs = list(grid(CONFIGURED | {"budgets": budgets}, chosen))
+    changed = replace(jobs[0], tokens=1)
+    take_over([changed, *jobs[1:]], record, tmp_path)
+    assert not (tmp_path / changed.file).exists()
+    assert all((tmp_path / job.file).exists() for job in jobs[1:])
 
 
 def test_the_report_is_written(tmp_path) -> None:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import tempfile
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -107,6 +108,7 @@ def watched_subproc_vec_env(
     except WorkerError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    weakref.finalize(envs, shutil.rmtree, folder, ignore_errors=True)  # if it is never closed
     for pipe in envs.remotes:
         pipe.seconds = seconds
     return envs

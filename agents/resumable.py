@@ -48,8 +48,8 @@ from agents.training_state import (
 )
 
 PICKLE = (
-    "a file of SB3's, which holds pickles: loading one runs whatever code is in it. Pass "
-    "allow_pickle=True if you trust where it comes from"
+    "which holds pickles: loading one runs whatever code is in it. Set allow_pickle if you trust "
+    "where it comes from"
 )
 
 

@@ -69,6 +69,7 @@ def test_from_samples_to_answers_to_a_file_and_away(run, own, monkeypatch, capsy
     assert "3 new answers of 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_policies_side_by_side_the_disputed_first(run, own, monkeypatch, capsys) -> None:  # noqa: F811
     line = f"reward --members 2 --model {own}/encoder --feedback {own}/feedback.jsonl --epochs 1"
     assert command(line, run / "more") == 0
@@ -178,6 +179,7 @@ def test_a_loop_with_simulated_people_goes_on_where_it_was(own, tmp_path) -> Non
     assert config["tokens"] >= 128
 
 
+@pytest.mark.slow
 def test_simulated_people_can_be_weighed_by_their_agreement(own, tmp_path) -> None:  # noqa: F811
     line = loop_line(own, 1, "simulated").replace("--comparisons 8", "--comparisons 12")
     assert command(line + " --reward.weigh_annotators true", tmp_path) == 0
@@ -185,6 +187,7 @@ def test_simulated_people_can_be_weighed_by_their_agreement(own, tmp_path) -> No
         assert all(store.next_task(f"simulated-{i}") is None for i in (1, 2, 3))
 
 
+@pytest.mark.slow
 def test_a_loop_waits_for_people(own, tmp_path, capsys) -> None:  # noqa: F811
     line = loop_line(own, 1, "real")
     assert command(line, tmp_path) == 0

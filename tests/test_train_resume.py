@@ -82,6 +82,7 @@ def test_a_stopped_run_goes_on_and_is_the_same(own, tmp_path, monkeypatch, capsy
     assert len(rows(b)) == 5 and json.loads((b / "stages/ppo.json").read_text())["tokens"] == 320
 
 
+@pytest.mark.slow
 def test_the_doctor_of_a_stopped_run_goes_on(own, tmp_path, monkeypatch) -> None:  # noqa: F811
     a, b = tmp_path / "a", tmp_path / "b"
     settings = {"total_timesteps": 512, "learning_rate": 0.0}  # six updates show that none learns
@@ -100,6 +101,7 @@ def test_the_doctor_of_a_stopped_run_goes_on(own, tmp_path, monkeypatch) -> None
     assert repr(rows(a)) == repr(rows(b))
 
 
+@pytest.mark.slow
 def test_a_run_that_the_doctor_stopped_can_go_on(own, tmp_path, capsys) -> None:  # noqa: F811
     run, stop_on = tmp_path / "run", "--stop_on=[eos_gone,constant_score,clip_fraction_zero]"
     settings = {"total_timesteps": 1024, "learning_rate": 0.0, "n_envs": 8}
@@ -112,6 +114,7 @@ def test_a_run_that_the_doctor_stopped_can_go_on(own, tmp_path, capsys) -> None:
     assert stopped_at < json.loads((run / "stages/ppo.json").read_text())["tokens"]
 
 
+@pytest.mark.slow
 def test_other_models_are_refused_by_name(own, tmp_path, monkeypatch, capsys) -> None:  # noqa: F811
     mine, run = tmp_path / "own", tmp_path / "run"
     shutil.copytree(own, mine)

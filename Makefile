@@ -17,7 +17,7 @@ test: $(BIN)/.installed  ## the quick tests, offline
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(BIN)/.installed  ## the slow ones, and those that fetch assets
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or network'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'slow or network'
 
 test-plug-ins: $(VENV)-plug-ins/.installed  ## Tianshou, TorchRL, RLlib, skrl and TRL, in an environment of their own
 	OMP_NUM_THREADS=1 $(VENV)-plug-ins/bin/python -m pytest -m plug_ins tests/test_plug_in_libraries.py

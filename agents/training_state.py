@@ -108,7 +108,7 @@ def training_state(
         "settings": to_json({name: getattr(model, name) for name in SETTINGS}),
         "schedules": {name: describe(getattr(model, name)) for name in SCHEDULES},
         "buffer": buffer_settings(model),
-        "policy": policy_settings(model.policy),
+        "policy": policy_settings(model.policy, model.policy_class),
         "reference": reference_settings(model),
         "kl": {"coef": model.kl.coef, "target": model.kl.target, "horizon": model.kl.horizon},
         "progress": {
@@ -214,8 +214,8 @@ def buffer_settings(model: "ResumablePPO") -> dict[str, Any]:
     return {"class": type(model.rollout_buffer).__qualname__, "arguments": plain}
 
 
-def policy_settings(policy: CausalLMPolicy) -> dict[str, Any]:
-    """Return what rebuilds the policy before its weights are there."""
+def policy_settings(policy: CausalLMPolicy, made_of: type) -> dict[str, Any]:
+    """Return what rebuilds the policy, of the class `made_of`, before its weights are there."""
     arguments = policy._get_constructor_parameters()
     plain = {
         name: to_json(arguments[name], f"policy_kwargs.{name}")
@@ -226,7 +226,7 @@ def policy_settings(policy: CausalLMPolicy) -> dict[str, Any]:
     }  # fmt: skip
     value = policy.value_network
     return {
-        "class": type(policy).__qualname__,
+        "class": made_of.__qualname__,  # FSDP2 changes the live one
         "optimizer": policy.optimizer_class.__name__,
         "arguments": plain,
         "lm": model_settings(policy.lm),

@@ -824,6 +824,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
     from reward_models import LearnedRewardModel, LexiconSentiment, load_reward_model
     from reward_models.assets import sentiment_lexicon
     from reward_models.evaluation import mean_interval
+    from reward_models.measures import measures
     from text_env.prompts import load_prompts
 
     folder = folder_of(common)
@@ -1879,39 +1880,7 @@ def progress(total: int | None, what: str) -> Any:
     return tqdm(total=total, desc=what, leave=False)
 
 
-# ------------------------------------------------------------------------------- measures
-
-
-def measures(episodes: Episodes, scores: dict[str, "np.ndarray"]) -> dict[str, list[float]]:
-    """Measure a writer on its episodes: each figure with its 95 % interval, [value, low, high]."""
-    import numpy as np
-
-    from reward_models import distinct_n, repetition
-    from reward_models.evaluation import jackknife_interval, mean_interval, share_interval
-
-    _, texts = texts_of(episodes)
-    found = {key: mean_interval(values) for key, values in scores.items()}
-    found["ref_kl"] = mean_interval(np.array([e["ref_kl"] for e in episodes]))
-    found["tokens"] = mean_interval(np.array([e["n_tokens"] for e in episodes]))
-    ended = sum(e["finish_reason"] != "length" for e in episodes)
-    found["ended"] = share_interval(ended, len(episodes))
-    found["repetition"] = mean_interval(np.array([repetition(text) for text in texts]))
-    for n in (1, 2):
-        found[f"distinct-{n}"] = jackknife_interval(partial(distinct_n, n=n), texts)
-    return found
-
-
-MEASURES = {
-    "score": "score (reward model, normalised)",
-    "judge": "judge",
-    "lexicon": "lexicon sentiment",
-    "ref_kl": "KL to the warm start (nats per completion)",
-    "tokens": "length (tokens)",
-    "ended": "ended by itself (share)",
-    "distinct-1": "distinct-1",
-    "distinct-2": "distinct-2",
-    "repetition": "repeated 3-grams (share)",
-}
+# --------------------------------------------------------------------------------- report
 
 
 def summary(facts: dict[str, Any]) -> str:
@@ -1930,9 +1899,6 @@ def summary(facts: dict[str, Any]) -> str:
     )
 
 
-# --------------------------------------------------------------------------------- report
-
-
 def write_report(
     folder: Path,
     made: Path,
@@ -1942,11 +1908,15 @@ def write_report(
     settings: Evaluate,
 ) -> None:
     """Write evaluation.json, curves.png and report.md."""
+    from agents.curves import training_curves
+    from agents.findings import as_markdown
     from reward_models.atomic import atomic_file
+    from reward_models.measures import measures_table, samples_table
 
     rows = [json.loads(line) for line in read_lines(folder / "metrics.jsonl")]
     if rows:
-        draw_curves(made / "curves.png", rows)
+        with atomic_file(made / "curves.png") as file:
+            training_curves(rows).savefig(file, dpi=120, format="png")
     with atomic_file(made / "evaluation.json") as file:
         episodes = {
             name: [
@@ -1958,6 +1928,12 @@ def write_report(
         }
         text = json.dumps({**facts, "episodes": episodes}, indent=1, ensure_ascii=False)
         file.write_text(text, encoding="utf-8")
+    doctor_section = []
+    if (folder / "doctor.jsonl").exists():
+        findings = [json.loads(line) for line in read_lines(folder / "doctor.jsonl")]
+        doctor_section = ["## What the doctor found", as_markdown(findings, rows)]
+    shown = {name: groups[name] for name in (WARM_START, POLICY)}
+    key = "judge" if "judge" in scores[POLICY] else "score"
     parts = [
         "# What the run did",
         summary(facts) + ".",
@@ -1965,30 +1941,14 @@ def write_report(
         "in brackets. " + notes(facts, groups),
         measures_table(facts["measures"]),
         "![curves](curves.png)" if rows else "",
-        doctor_section(folder, rows),
+        *doctor_section,
         "## Samples",
-        samples_table(groups, scores, settings.n_samples),
+        samples_table(shown, {name: scores[name][key] for name in shown}, key, settings.n_samples),
         "## Stages",
         stages_table(folder),
     ]
     with atomic_file(made / "report.md") as file:
         file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-
-
-def doctor_section(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """Say what the doctor found in training, as Markdown; "" where it was not there."""
-    if not (folder / "doctor.jsonl").exists():
-        return ""
-    lines = ["## What the doctor found", ""]
-    for finding in map(json.loads, read_lines(folder / "doctor.jsonl")):
-        held = sum(bool(row.get(f"doctor/{finding['name']}")) for row in rows)
-        lines.append(
-            f"- **{finding['name']}** ({finding['severity']}), first at {finding['num_timesteps']} "
-            f"tokens, in {held} of {len(rows)} rollouts: {finding['said']}. {finding['advice']}"
-        )
-    if len(lines) == 2:
-        lines.append(f"Nothing, in {len(rows)} rollouts.")
-    return "\n".join(lines)
 
 
 def notes(facts: dict[str, Any], groups: dict[str, Episodes]) -> str:
@@ -2010,35 +1970,6 @@ def read_lines(path: Path) -> list[str]:
         return []
     with path.open(encoding="utf-8") as file:  # str.splitlines would split within a line's texts
         return [line.rstrip("\n") for line in file]
-
-
-def measures_table(found: dict[str, dict[str, list[float]]]) -> str:
-    """Format the measures of all writers side by side, as Markdown."""
-    keys = [key for key in MEASURES if key in found[POLICY]]
-    lines = ["| | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
-    for key in keys:
-        cells = [
-            f"{value:z.2f} [{low:z.2f}, {high:z.2f}]"
-            for value, low, high in (m[key] for m in found.values())
-        ]
-        lines.append(f"| {MEASURES[key]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def samples_table(
-    groups: dict[str, Episodes], scores: dict[str, dict[str, "np.ndarray"]], n_samples: int
-) -> str:
-    """Show the first prompts with what warm start and policy made of them, as Markdown."""
-    key = "judge" if "judge" in scores[POLICY] else "score"
-    lines = [f"| prompt | {WARM_START} | {key} | {POLICY} | {key} |", "|---|---|---|---|---|"]
-    for i, (before, after) in enumerate(zip(groups[WARM_START], groups[POLICY], strict=True)):
-        if i < n_samples:
-            cells = [before["prompt"], before["completion"], f"{scores[WARM_START][key][i]:+.1f}"]
-            cells += [after["completion"], f"{scores[POLICY][key][i]:+.1f}"]
-            lines.append(
-                "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
-            )
-    return "\n".join(lines)
 
 
 def stages_table(folder: Path) -> str:
@@ -2067,40 +1998,11 @@ def found_by(facts: dict[str, Any]) -> list[str]:
     return found
 
 
-def draw_curves(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw score, judge and KL against tokens, and score against KL."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from reward_models.atomic import atomic_file
-
-    def column(key: str) -> list[float]:
-        return [row.get(key, float("nan")) for row in rows]
-
-    tokens = column("time/total_timesteps")
-    kl = column("rollout/ref_kl")
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
-    panels = [
-        (tokens, column("rollout/score_mean"), "tokens", "score"),
-        (tokens, column("rollout/judge_mean"), "tokens", "judge (human scale)"),
-        (tokens, kl, "tokens", "KL (nats per completion)"),
-        (kl, column("rollout/score_mean"), "KL (nats per completion)", "score"),
-    ]
-    for axis, (x, y, x_name, y_name) in zip(axes.flat, panels, strict=True):
-        axis.plot(x, y, marker=".", linewidth=1, color="#1f5fa8")
-        axis.set(xlabel=x_name, ylabel=y_name)
-        axis.locator_params(axis="x", nbins=6)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=120, format="png")
-    plt.close(figure)
-
-
 def write_loop_report(folder: Path, rounds: int) -> None:
     """Write loop.md and loop.png: what each round asked for, and what came of it."""
+    from reward_models.measures import with_interval
+    from reward_models.plots import plot_rounds
+
     facts = []
     for number in range(1, rounds + 1):
         here = folder / f"round-{number}"
@@ -2130,37 +2032,12 @@ def write_loop_report(folder: Path, rounds: int) -> None:
     for number, row in enumerate([{"answers": 0, "after": facts[0]["before"]}, *facts]):
         cells = [str(number), str(row["answers"])]
         cells.append(f"{row['accuracy']:.2f}" if "accuracy" in row else "")
-        cells += ["{:.2f} [{:.2f}, {:.2f}]".format(*row["after"][name]) for name in names]
+        cells += [with_interval(row["after"][name]) for name in names]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Brackets are 95 % intervals over the test prompts.", "", "![judge](loop.png)"]
     write_text(folder / "loop.md", "\n".join(lines) + "\n")
-    draw_loop(folder / "loop.png", facts)
-
-
-def draw_loop(path: Path, facts: list[dict[str, Any]]) -> None:
-    """Draw the judge's mean after each round against the answers given until then."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from reward_models.atomic import atomic_file
-
     judged = [facts[0]["before"]["judge"], *(row["after"]["judge"] for row in facts)]
-    answers = [0, *(row["answers"] for row in facts)]
-    middle, low, high = zip(*judged, strict=True)
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    reach = [
-        [m - x for m, x in zip(middle, low, strict=True)],
-        [x - m for m, x in zip(middle, high, strict=True)],
-    ]
-    axis.errorbar(answers, middle, yerr=reach, marker="o", capsize=3, color="#1f5fa8")
-    axis.set(xlabel="answers given", ylabel="judge, test prompts", xticks=answers)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=120, format="png")
-    plt.close(figure)
+    plot_rounds([0, *(row["answers"] for row in facts)], judged, folder / "loop.png")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,9 +5,9 @@ Nothing here knows an algorithm, and nothing is measured: `agents.doctor` gather
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.stats import rankdata
@@ -515,3 +515,20 @@ def examine(seen: Seen, limits: Limits, num_timesteps: int) -> list[Finding]:
                 Finding(name, check.severity, float(value), said, check.advice, num_timesteps)
             )
     return found
+
+
+def as_markdown(findings: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say what was found in a training, an item each.
+
+    Args:
+        findings: as the doctor's file has them.
+        rows: of the run's metrics, one per rollout.
+    """
+    lines = []
+    for finding in findings:
+        held = sum(bool(row.get(f"doctor/{finding['name']}")) for row in rows)
+        lines.append(
+            f"- **{finding['name']}** ({finding['severity']}), first at {finding['num_timesteps']} "
+            f"tokens, in {held} of {len(rows)} rollouts: {finding['said']}. {finding['advice']}"
+        )
+    return "\n".join(lines) or f"Nothing, in {len(rows)} rollouts."

@@ -1,6 +1,7 @@
-"""Pictures of a reward model's calibration and of its learning curve; the figures are elsewhere."""
+"""Pictures: a reward model's calibration, its learning curve, and the rounds of a loop."""
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -72,6 +73,27 @@ def plot_learning_curve(
     if title:
         axes.set_title(title, fontsize=10)
     axes.legend(loc="lower right")
+    _save(figure, path)
+
+
+def plot_rounds(
+    answers: Sequence[int], judged: Sequence[Sequence[float]], path: str | os.PathLike[str]
+) -> None:
+    """The judge's mean after each round against the answers given until then.
+
+    Args:
+        answers: by round, the first before any answer.
+        judged: by round, the mean and its interval: value, low, high.
+        path: of the PNG file.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    middle, low, high = np.array(judged).T
+    reach = (middle - low, high - middle)
+    axes.errorbar(answers, middle, yerr=reach, marker="o", capsize=3, color="#1f5fa8")
+    axes.set(xlabel="answers given", ylabel="judge, test prompts", xticks=answers)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 

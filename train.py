@@ -426,6 +426,11 @@ class Loop:
     """How many; more can be added later."""
     comparisons: int = 300
     """Pairs of completions that people are asked about in each round."""
+    overlap_share: float = 0.1
+    """Share of them that several people are asked, to see how far they agree."""
+    overlap_annotators: int = 3
+    """How many people that is; of simulated ones all, if there are fewer. A round waits for so many
+    answers, and may be told to wait for fewer."""
     people: Literal["real", "simulated"] = "real"
     """Who answers. Real people stop the loop until they have: call it again then."""
     simulated: Simulated = field(default_factory=Simulated)
@@ -1268,7 +1273,8 @@ def loop(common: Common, settings: Loop) -> None:
     """Go round: sample, ask people, fit a reward model, PPO from the last policy, evaluate.
 
     A round is a folder of the run. What is there is not done again, so a loop that was stopped, by
-    people who have not answered yet or by anything else, goes on where it was.
+    people who have not answered yet or by anything else, goes on where it was, with the settings
+    that it began with (config-loop.yaml).
     """
     folder = folder_of(common)
     policy = prepare_loop(common, settings)
@@ -1298,7 +1304,10 @@ def loop(common: Common, settings: Loop) -> None:
         if not is_done(turn, "reward"):
             reward(turn, replace(settings.reward, feedback=records, judge_feedback=None))
         if not is_done(turn, "ppo"):
-            ppo(turn, replace(settings.ppo, policy=policy, reward_model=str(model)))
+            how = replace(settings.ppo, policy=policy, reward_model=str(model))
+            if any(here.glob("ppo.unfinished/checkpoints/step-*")):
+                how = as_begun(turn, replace(how, resume=here))
+            ppo(turn, how)
         if not is_done(turn, "evaluate"):
             evaluate(turn, settings.evaluate)
         policy, ensemble = str(trained), model if settings.reward.members > 1 else None
@@ -1320,6 +1329,9 @@ def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None
     asked, records, n = here / "asked.json", here / "feedback.jsonl", settings.comparisons
     if records.exists():
         return records
+    several = settings.overlap_annotators if settings.overlap_share else 1
+    if settings.people == "simulated":
+        several = min(several, settings.simulated.annotators)
     with FeedbackStore(here.parent / "feedback.sqlite", common.seed) as store:
         if not asked.exists():
             set_up(common)
@@ -1333,16 +1345,20 @@ def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None
                 tasks = with_uncertainty(common, tasks, ensemble)
                 tasks.sort(key=lambda task: task.uncertainty or 0.0, reverse=True)
             tasks = tasks[:n]  # what is too many now would be asked in the rounds to come
-            store.add(tasks)
+            store.add(tasks, settings.overlap_share, several)
             write_text(asked, json.dumps({"tasks": len(tasks)}))
-        n = min(n, json.loads(asked.read_text(encoding="utf-8"))["tasks"])
         if settings.people == "simulated":
             simulate(common, settings.simulated, store)
-        answered = {a.task_id for a in store.answers() if here.name in a.task.origins}
-        if len(answered) < n:
+        n, lacking = store.count_open(here.name, several)
+        if lacking:
+            share = f"; {settings.overlap_share:.0%} of them need {several} people's" * (
+                several > 1
+            )
             say(
-                f"{len(answered)} of {n} comparisons have an answer: "
+                f"{n - lacking} of {n} comparisons have all their answers{share}: "
                 f"python train.py annotate --run {here.parent}; then call the loop again"
+                + ", with --overlap_annotators 1 if there is nobody else"
+                * (several > 1)
             )
             return None
         return write_feedback(records, store.export("comparison"))
@@ -2219,6 +2235,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments.insert(0, "run")
     parser = make_parser()
     parsed = parser.parse_args(arguments)
+    began = loop_begun(parsed)
+    if began is not None:  # what is not asked for otherwise is as it was
+        parsed = parser.parse_args([arguments[0], "--config", str(began), *arguments[1:]])
     name, chosen = parsed.stage, parsed[parsed.stage]
     parts = parser.instantiate(parsed)[name]
     if name == "feedback":
@@ -2244,6 +2263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not resumes:
                 refuse_to_replace(common, name)
         with held(common, name):
+            if began is not None:
+                refuse_other_settings(began, chosen)
             if name in ("run", "loop"):
                 file = "config.yaml" if name == "run" else "config-loop.yaml"
                 save_config(common, file, chosen)
@@ -2268,7 +2289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signum = getattr(error, "signum", None)  # StoppedBySignal, which is not imported here
         if signum is None:
             raise
-        say(f"train.py {name}: {error}: python train.py ppo --resume {common.run}")
+        go_on = f"loop --run {common.run}" if name == "loop" else f"ppo --resume {common.run}"
+        say(f"train.py {name}: {error}: python train.py {go_on}")
         return 128 + int(signum)
     return code or 0
 
@@ -2310,12 +2332,58 @@ def save_config(common: Common, name: str, chosen: "Namespace") -> None:
 
     if process_number() > 0:
         return
+    with atomic_file(folder_of(common) / name) as aside:
+        aside.write_text(yaml.safe_dump(as_plain(chosen), sort_keys=False), encoding="utf-8")
+
+
+def as_plain(chosen: "Namespace") -> dict[str, Any]:
+    """Return what was asked for as JSON knows it, but for the place."""
     values = chosen.clone().as_dict()
     values.pop("config", None)
     values |= {"run": None, "overwrite": False}
-    plain = json.loads(json.dumps(values, default=str))
-    with atomic_file(folder_of(common) / name) as aside:
-        aside.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    return json.loads(json.dumps(values, default=str))
+
+
+FREE_IN_LOOP = (
+    *("rounds", "overlap_annotators", "threads", "device"),
+    *("ppo.save_every", "ppo.checkpoint_every", "ppo.checkpoint_keep"),
+)
+"""Settings that may be others when a loop goes on."""
+
+
+def loop_begun(parsed: "Namespace") -> Path | None:
+    """Return the settings that a loop began with, if it is to go on with one."""
+    run = parsed[parsed.stage].run if parsed.stage == "loop" else None
+    return (
+        None if run is None or not (run / "config-loop.yaml").exists() else run / "config-loop.yaml"
+    )
+
+
+def refuse_other_settings(began: Path, chosen: "Namespace") -> None:
+    """Raise ValueError if a loop is asked to go on with settings that it did not begin with."""
+    import yaml
+
+    was = by_dotted_name(yaml.safe_load(began.read_text(encoding="utf-8")))
+    now = by_dotted_name(as_plain(chosen))
+    other = [
+        f"{name} is {was[name]}, not {now[name]}"
+        for name in now
+        if name in was and now[name] != was[name] and name not in FREE_IN_LOOP
+    ]
+    if other:
+        raise ValueError(
+            f"expected the settings that this loop began with, where {', '.join(other)}: leave "
+            "them out to go on with it, or begin another in a folder of its own (--run)"
+        )
+
+
+def by_dotted_name(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Return nested settings as one level: {"ppo": {"n_envs": 8}} is {"ppo.n_envs": 8}."""
+    flat = {}
+    for name, value in values.items():
+        part = isinstance(value, dict)
+        flat |= by_dotted_name(value, f"{before}{name}.") if part else {before + name: value}
+    return flat
 
 
 if __name__ == "__main__":

@@ -1190,10 +1190,17 @@ def export_answers(common: Common, settings: Export) -> None:
     """Write the answers to a file: records (.jsonl), or ratings (.csv)."""
     from reward_models.feedback import FeedbackStore, write_feedback, write_ratings_csv
 
+    kind = settings.kind
+    if settings.file.suffix == ".csv":
+        if kind not in (None, "rating"):
+            raise ValueError(
+                f"expected a .jsonl file for {kind}s, got {settings.file}: a .csv "
+                "holds ratings only"
+            )
+        kind = "rating"
     if settings.file.exists() and not common.overwrite:
         raise FileExistsError(f"{settings.file} exists already: pass --overwrite true")
     with FeedbackStore(store_file(common, settings.store, there=True)) as store:
-        kind = "rating" if settings.file.suffix == ".csv" else settings.kind
         records = store.export(kind, settings.ties)
     write = write_ratings_csv if settings.file.suffix == ".csv" else write_feedback
     say(f"{len(records)} answers: {write(settings.file, records)}")
@@ -1222,7 +1229,7 @@ def compare(common: Common, settings: Compare) -> None:
     from reward_models import load_reward_model
     from reward_models.evaluation import share_interval
     from reward_models.feedback import FeedbackStore, tasks_side_by_side
-    from reward_models.feedback.agreement import win_rates
+    from reward_models.feedback.agreement import win_rates, with_equal_pairs
     from text_env.prompts import load_prompts
 
     set_up(common)
@@ -1233,12 +1240,14 @@ def compare(common: Common, settings: Compare) -> None:
     mine, theirs = (samples_of(common, settings, lm, prompts, 1) for lm in policies)
     asked = [prompt for prompt, texts in mine.items() for _ in texts]
     sides = [[text for texts in side.values() for text in texts] for side in (mine, theirs)]
+    same = np.array([one == two for one, two in zip(*sides, strict=True)])
     found: dict[str, Any] = {}
     for name in ("judge", "reward_model"):
         if (folder / name).exists():
             model = load_reward_model(folder / name, device_of(common))
             one, two = (model.score(asked, texts) for texts in sides)
-            wins = float(np.sum(one > two) + 0.5 * np.sum(one == two))
+            tie = same | (one == two)  # equal texts are, whatever is in their batches
+            wins = float(np.sum((one > two) & ~tie) + 0.5 * np.sum(tie))
             found[name] = [*share_interval(wins, len(asked)), len(asked)]
     file = settings.store or folder / "compare.sqlite"  # nothing is learned from these answers
     if settings.ask:
@@ -1247,22 +1256,27 @@ def compare(common: Common, settings: Compare) -> None:
         say(f"{new} new tasks: python train.py annotate --run {folder} --store {file}")
     if file.exists():
         with FeedbackStore(file) as store:
-            rates = {(r.origin, r.against): list(r.rate) for r in win_rates(store.answers())}
+            rates = {
+                (r.origin, r.against): with_equal_pairs(r.rate, int(same.sum()), len(asked))
+                for r in win_rates(store.answers())
+            }
         if policies in rates:
-            found["people"] = rates[policies]
+            found["people"] = list(rates[policies])
         elif policies[::-1] in rates:  # rates are of the first by name
             share, low, high, n = rates[policies[::-1]]
             found["people"] = [1 - share, 1 - high, 1 - low, n]
     if not found:
         raise ValueError(f"expected a judge or reward_model in {folder}, or answers; found none")
     say(f"{settings.first} is better than {settings.second}, on {len(asked)} prompts:")
+    if same.any():
+        say(f"  {same.sum()} of the pairs are equal: half a win each; people are not asked them")
     for name, (share, low, high, n) in found.items():
         say(f"  {name}: {share:.2f} [{low:.2f}, {high:.2f}] of {n}")
     rows = [
         {"prompt": prompt, "first": one, "second": two}
         for prompt, one, two in zip(asked, *sides, strict=True)
     ]
-    result = {"policies": policies, "win_rate": found}
+    result = {"policies": policies, "win_rate": found, "equal": int(same.sum())}
     write_text(
         folder / "compare.json",
         json.dumps(result | {"samples": rows}, indent=1, ensure_ascii=False),

@@ -9,11 +9,13 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 from test_train import finished, own  # noqa: F401
 from test_train_resume import stop_in
 
+import reward_models
 import train
 from reward_models import read_feedback
 from reward_models.feedback import Accounts, FeedbackStore
@@ -95,6 +97,9 @@ def test_ratings_as_a_table(run, capsys) -> None:
     assert command(f"feedback import {run}/given.csv", run) == 0
     assert command(f"feedback export {run}/out.csv", run) == 0
     assert " is good" in (run / "out.csv").read_text()
+    assert command(f"feedback export {run}/other.csv --kind comparison", run) == 1
+    assert "expected a .jsonl file for comparisons" in capsys.readouterr().err
+    assert not (run / "other.csv").exists()
     assert command(f"feedback export {run}/none.csv --store {run}/no.sqlite", run) == 1
     assert "`python train.py annotate` or `feedback import` makes" in capsys.readouterr().err
 
@@ -146,6 +151,36 @@ def test_compare_says_who_wins_and_asks_people_too(run, own, capsys) -> None:  #
     assert command(line, run) == 0
     found = json.loads((run / "compare.json").read_text())["win_rate"]
     assert found["people"][0] == 0 and found["people"][2:] == [pytest.approx(1 - low), n]
+
+
+def test_equal_completions_are_half_a_win_for_each(run, monkeypatch, capsys) -> None:
+    def samples(common, settings, lm, prompts, n) -> dict[str, list[str]]:
+        texts = [row["prompt"] for row in prompts]
+        return {p: [" is it" if i < 2 else f" {Path(lm).name}"] for i, p in enumerate(texts)}
+
+    class Uneven:  # as in batches of other lengths, equal texts differ by a rounding error
+        def score(self, prompts, completions) -> np.ndarray:
+            self.calls = getattr(self, "calls", 0) + 1
+            return np.array([len(text) for text in completions]) - 1e-6 * self.calls
+
+    monkeypatch.setattr(train, "samples_of", samples)
+    monkeypatch.setattr(reward_models, "load_reward_model", lambda *_: Uneven())
+    (run / "prompts.txt").write_text("".join(f"Film {i}\n" for i in range(8)))
+    line = f"compare {run}/policy {run}/sft --prompts {run}/prompts.txt --ask true"
+    assert command(line, run) == 0
+    assert "2 of the pairs are equal: half a win each" in capsys.readouterr().out
+    with FeedbackStore(run / "compare.sqlite") as store:
+        assert store.count_tasks() == 6
+        for winner in (" policy", " sft", " policy"):
+            asked = store.next_task("ann")
+            store.answer(asked.id, "ann", "left" if asked.shown[0] == winner else "right")
+    assert command(line, run) == 0
+    found = json.loads((run / "compare.json").read_text())
+    assert found["equal"] == 2
+    assert found["win_rate"]["judge"][0] == pytest.approx((6 + 2 / 2) / 8)
+    share, low, high, n = found["win_rate"]["people"]
+    assert share == pytest.approx((6 * 2 / 3 + 2 / 2) / 8) and n == 3  # two of three answers
+    assert 0.125 < low < share < high < 0.875
 
 
 def loop_line(own: Path, rounds: int, people: str) -> str:  # noqa: F811

@@ -426,6 +426,11 @@ class Loop:
     """How many; more can be added later."""
     comparisons: int = 300
     """Pairs of completions that people are asked about in each round."""
+    overlap_share: float = 0.1
+    """Share of them that several people are asked, to see how far they agree."""
+    overlap_annotators: int = 3
+    """How many people that is; of simulated ones all, if there are fewer. A round waits for so many
+    answers, and may be told to wait for fewer."""
     people: Literal["real", "simulated"] = "real"
     """Who answers. Real people stop the loop until they have: call it again then."""
     simulated: Simulated = field(default_factory=Simulated)
@@ -1186,10 +1191,17 @@ def export_answers(common: Common, settings: Export) -> None:
     """Write the answers to a file: records (.jsonl), or ratings (.csv)."""
     from reward_models.feedback import FeedbackStore, write_feedback, write_ratings_csv
 
+    kind = settings.kind
+    if settings.file.suffix == ".csv":
+        if kind not in (None, "rating"):
+            raise ValueError(
+                f"expected a .jsonl file for {kind}s, got {settings.file}: a .csv "
+                "holds ratings only"
+            )
+        kind = "rating"
     if settings.file.exists() and not common.overwrite:
         raise FileExistsError(f"{settings.file} exists already: pass --overwrite true")
     with FeedbackStore(store_file(common, settings.store, there=True)) as store:
-        kind = "rating" if settings.file.suffix == ".csv" else settings.kind
         records = store.export(kind, settings.ties)
     write = write_ratings_csv if settings.file.suffix == ".csv" else write_feedback
     say(f"{len(records)} answers: {write(settings.file, records)}")
@@ -1218,7 +1230,7 @@ def compare(common: Common, settings: Compare) -> None:
     from reward_models import load_reward_model
     from reward_models.evaluation import share_interval
     from reward_models.feedback import FeedbackStore, tasks_side_by_side
-    from reward_models.feedback.agreement import win_rates
+    from reward_models.feedback.agreement import win_rates, with_equal_pairs
     from text_env.prompts import load_prompts
 
     set_up(common)
@@ -1229,12 +1241,14 @@ def compare(common: Common, settings: Compare) -> None:
     mine, theirs = (samples_of(common, settings, lm, prompts, 1) for lm in policies)
     asked = [prompt for prompt, texts in mine.items() for _ in texts]
     sides = [[text for texts in side.values() for text in texts] for side in (mine, theirs)]
+    same = np.array([one == two for one, two in zip(*sides, strict=True)])
     found: dict[str, Any] = {}
     for name in ("judge", "reward_model"):
         if (folder / name).exists():
             model = load_reward_model(folder / name, device_of(common))
             one, two = (model.score(asked, texts) for texts in sides)
-            wins = float(np.sum(one > two) + 0.5 * np.sum(one == two))
+            tie = same | (one == two)  # equal texts are, whatever is in their batches
+            wins = float(np.sum((one > two) & ~tie) + 0.5 * np.sum(tie))
             found[name] = [*share_interval(wins, len(asked)), len(asked)]
     file = settings.store or folder / "compare.sqlite"  # nothing is learned from these answers
     if settings.ask:
@@ -1243,22 +1257,27 @@ def compare(common: Common, settings: Compare) -> None:
         say(f"{new} new tasks: python train.py annotate --run {folder} --store {file}")
     if file.exists():
         with FeedbackStore(file) as store:
-            rates = {(r.origin, r.against): list(r.rate) for r in win_rates(store.answers())}
+            rates = {
+                (r.origin, r.against): with_equal_pairs(r.rate, int(same.sum()), len(asked))
+                for r in win_rates(store.answers())
+            }
         if policies in rates:
-            found["people"] = rates[policies]
+            found["people"] = list(rates[policies])
         elif policies[::-1] in rates:  # rates are of the first by name
             share, low, high, n = rates[policies[::-1]]
             found["people"] = [1 - share, 1 - high, 1 - low, n]
     if not found:
         raise ValueError(f"expected a judge or reward_model in {folder}, or answers; found none")
     say(f"{settings.first} is better than {settings.second}, on {len(asked)} prompts:")
+    if same.any():
+        say(f"  {same.sum()} of the pairs are equal: half a win each; people are not asked them")
     for name, (share, low, high, n) in found.items():
         say(f"  {name}: {share:.2f} [{low:.2f}, {high:.2f}] of {n}")
     rows = [
         {"prompt": prompt, "first": one, "second": two}
         for prompt, one, two in zip(asked, *sides, strict=True)
     ]
-    result = {"policies": policies, "win_rate": found}
+    result = {"policies": policies, "win_rate": found, "equal": int(same.sum())}
     write_text(
         folder / "compare.json",
         json.dumps(result | {"samples": rows}, indent=1, ensure_ascii=False),
@@ -1269,7 +1288,8 @@ def loop(common: Common, settings: Loop) -> None:
     """Go round: sample, ask people, fit a reward model, PPO from the last policy, evaluate.
 
     A round is a folder of the run. What is there is not done again, so a loop that was stopped, by
-    people who have not answered yet or by anything else, goes on where it was.
+    people who have not answered yet or by anything else, goes on where it was, with the settings
+    that it began with (config-loop.yaml).
     """
     folder = folder_of(common)
     policy = prepare_loop(common, settings)
@@ -1299,7 +1319,10 @@ def loop(common: Common, settings: Loop) -> None:
         if not is_done(turn, "reward"):
             reward(turn, replace(settings.reward, feedback=records, judge_feedback=None))
         if not is_done(turn, "ppo"):
-            ppo(turn, replace(settings.ppo, policy=policy, reward_model=str(model)))
+            how = replace(settings.ppo, policy=policy, reward_model=str(model))
+            if any(here.glob("ppo.unfinished/checkpoints/step-*")):
+                how = as_begun(turn, replace(how, resume=here))
+            ppo(turn, how)
         if not is_done(turn, "evaluate"):
             evaluate(turn, settings.evaluate)
         policy, ensemble = str(trained), model if settings.reward.members > 1 else None
@@ -1321,6 +1344,9 @@ def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None
     asked, records, n = here / "asked.json", here / "feedback.jsonl", settings.comparisons
     if records.exists():
         return records
+    several = settings.overlap_annotators if settings.overlap_share else 1
+    if settings.people == "simulated":
+        several = min(several, settings.simulated.annotators)
     with FeedbackStore(here.parent / "feedback.sqlite", common.seed) as store:
         if not asked.exists():
             set_up(common)
@@ -1334,16 +1360,20 @@ def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None
                 tasks = with_uncertainty(common, tasks, ensemble)
                 tasks.sort(key=lambda task: task.uncertainty or 0.0, reverse=True)
             tasks = tasks[:n]  # what is too many now would be asked in the rounds to come
-            store.add(tasks)
+            store.add(tasks, settings.overlap_share, several)
             write_text(asked, json.dumps({"tasks": len(tasks)}))
-        n = min(n, json.loads(asked.read_text(encoding="utf-8"))["tasks"])
         if settings.people == "simulated":
             simulate(common, settings.simulated, store)
-        answered = {a.task_id for a in store.answers() if here.name in a.task.origins}
-        if len(answered) < n:
+        n, lacking = store.count_open(here.name, several)
+        if lacking:
+            share = f"; {settings.overlap_share:.0%} of them need {several} people's" * (
+                several > 1
+            )
             say(
-                f"{len(answered)} of {n} comparisons have an answer: "
+                f"{n - lacking} of {n} comparisons have all their answers{share}: "
                 f"python train.py annotate --run {here.parent}; then call the loop again"
+                + ", with --overlap_annotators 1 if there is nobody else"
+                * (several > 1)
             )
             return None
         return write_feedback(records, store.export("comparison"))
@@ -2096,6 +2126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments.insert(0, "run")
     parser = make_parser()
     parsed = parser.parse_args(arguments)
+    began = loop_begun(parsed)
+    if began is not None:  # what is not asked for otherwise is as it was
+        parsed = parser.parse_args([arguments[0], "--config", str(began), *arguments[1:]])
     name, chosen = parsed.stage, parsed[parsed.stage]
     parts = parser.instantiate(parsed)[name]
     if name == "feedback":
@@ -2121,6 +2154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not resumes:
                 refuse_to_replace(common, name)
         with held(common, name):
+            if began is not None:
+                refuse_other_settings(began, chosen)
             if name in ("run", "loop"):
                 file = "config.yaml" if name == "run" else "config-loop.yaml"
                 save_config(common, file, chosen)
@@ -2145,7 +2180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signum = getattr(error, "signum", None)  # StoppedBySignal, which is not imported here
         if signum is None:
             raise
-        say(f"train.py {name}: {error}: python train.py ppo --resume {common.run}")
+        go_on = f"loop --run {common.run}" if name == "loop" else f"ppo --resume {common.run}"
+        say(f"train.py {name}: {error}: python train.py {go_on}")
         return 128 + int(signum)
     return code or 0
 
@@ -2187,12 +2223,58 @@ def save_config(common: Common, name: str, chosen: "Namespace") -> None:
 
     if process_number() > 0:
         return
+    with atomic_file(folder_of(common) / name) as aside:
+        aside.write_text(yaml.safe_dump(as_plain(chosen), sort_keys=False), encoding="utf-8")
+
+
+def as_plain(chosen: "Namespace") -> dict[str, Any]:
+    """Return what was asked for as JSON knows it, but for the place."""
     values = chosen.clone().as_dict()
     values.pop("config", None)
     values |= {"run": None, "overwrite": False}
-    plain = json.loads(json.dumps(values, default=str))
-    with atomic_file(folder_of(common) / name) as aside:
-        aside.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    return json.loads(json.dumps(values, default=str))
+
+
+FREE_IN_LOOP = (
+    *("rounds", "overlap_annotators", "threads", "device"),
+    *("ppo.save_every", "ppo.checkpoint_every", "ppo.checkpoint_keep"),
+)
+"""Settings that may be others when a loop goes on."""
+
+
+def loop_begun(parsed: "Namespace") -> Path | None:
+    """Return the settings that a loop began with, if it is to go on with one."""
+    run = parsed[parsed.stage].run if parsed.stage == "loop" else None
+    return (
+        None if run is None or not (run / "config-loop.yaml").exists() else run / "config-loop.yaml"
+    )
+
+
+def refuse_other_settings(began: Path, chosen: "Namespace") -> None:
+    """Raise ValueError if a loop is asked to go on with settings that it did not begin with."""
+    import yaml
+
+    was = by_dotted_name(yaml.safe_load(began.read_text(encoding="utf-8")))
+    now = by_dotted_name(as_plain(chosen))
+    other = [
+        f"{name} is {was[name]}, not {now[name]}"
+        for name in now
+        if name in was and now[name] != was[name] and name not in FREE_IN_LOOP
+    ]
+    if other:
+        raise ValueError(
+            f"expected the settings that this loop began with, where {', '.join(other)}: leave "
+            "them out to go on with it, or begin another in a folder of its own (--run)"
+        )
+
+
+def by_dotted_name(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Return nested settings as one level: {"ppo": {"n_envs": 8}} is {"ppo.n_envs": 8}."""
+    flat = {}
+    for name, value in values.items():
+        part = isinstance(value, dict)
+        flat |= by_dotted_name(value, f"{before}{name}.") if part else {before + name: value}
+    return flat
 
 
 if __name__ == "__main__":

@@ -317,3 +317,32 @@ def test_forgetting_by_pseudonym(tmp_path: Path) -> None:
         store.answer(store.next_task(person.pseudonym).id, person.pseudonym, "left")
         assert store.forget(person.pseudonym) == 1
         assert accounts.find("ann") is None
+
+
+def test_a_task_waits_for_all_its_answers(store: FeedbackStore) -> None:
+    here = ("round-1", "round-1")
+    store.add([*comparisons(4, origins=here), *comparisons(1)], 1.0, overlap_annotators=2)
+    assert store.count_open("round-1", 2) == (4, 4)
+    assert store.count_open("round-2", 2) == (0, 0)
+    give_all(store, "ann")
+    assert store.count_open("round-1", 2) == (4, 4)
+    assert store.count_open("round-1", 1) == (4, 0)  # a second answer is waited for no longer
+    give_all(store, "ben")
+    assert store.count_open("round-1", 3) == (4, 0)
+
+
+def test_a_task_passed_over_waits_for_whoever_is_at_work(store: FeedbackStore) -> None:
+    store.add(comparisons(2, origins=("round-1", "round-1")), 0.0)
+    first = store.next_task("ann")
+    store.skip(first.id, "ann")
+    store.answer(store.next_task("ann").id, "ann", "left")
+    assert store.count_open("round-1", 1) == (2, 0)  # ann is alone
+    store.undo("ann")
+    store.answer(store.next_task("ann").id, "ann", "left")
+    second = store.next_task("ben")
+    assert second.task == first.task
+    store.answer(second.id, "ben", "left")
+    assert store.count_open("round-1", 1) == (2, 0)
+    store.add(comparisons(4, origins=("round-1", "round-1")), 0.0)
+    store.skip(store.next_task("ann").id, "ann")
+    assert store.count_open("round-1", 1) == (4, 2)  # ben has not seen it

@@ -12,7 +12,13 @@ import torch as th
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from agents.checkpointing import checkpointed_layers
@@ -264,6 +270,31 @@ def load_named(lm: str) -> PreTrainedModel:
         raise ValueError(
             f"expected the folder or hub id of a causal LM, got {lm!r}: {reason}"
         ) from error
+
+
+def build_lm(config: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Build a causal LM with random weights, by torch's generator, for a tokenizer.
+
+    Args:
+        config: A JSON file as transformers saves it, `config.json`. Its vocabulary and special
+            tokens are set to the tokenizer's.
+        tokenizer: With EOS and padding tokens.
+
+    Raises:
+        ValueError: If there is no such file, or no causal LM can be built from it.
+    """
+    if not Path(config).is_file():  # transformers would ask the hub
+        raise ValueError(f"expected the JSON file of a model's config, got {str(config)!r}")
+    try:
+        loaded = AutoConfig.from_pretrained(str(config), trust_remote_code=False)
+        loaded.vocab_size = len(tokenizer)
+        loaded.bos_token_id = None
+        loaded.eos_token_id = tokenizer.eos_token_id
+        loaded.pad_token_id = tokenizer.pad_token_id
+        return AutoModelForCausalLM.from_config(loaded, dtype=th.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{config}: expected the config of a causal LM: {reason}") from error
 
 
 def check_fit(lm: PreTrainedModel, vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Supervised warm start: a causal LM learns to write texts of a kind, and to end them.
+"""Supervised warm start: a causal LM learns to write texts of a kind, or answers, and to end them.
 
 Built on `transformers.Trainer`. What the texts are good for is not known here.
 """
@@ -9,9 +9,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
-import numpy as np
 import torch as th
 from transformers import (
     PreTrainedModel,
@@ -22,15 +21,9 @@ from transformers import (
 )
 
 from agents.frozen_layers import freeze_below
-from agents.heads import Head
-from agents.language_model import TokenModel, check_fit, check_positions
-from agents.sequences import TokenBatch, pad_right
-
-
-class Row(TypedDict):
-    """A text as the Trainer's samplers know it."""
-
-    input_ids: list[int]
+from agents.language_model import check_fit, check_positions
+from agents.sequences import TokenBatch
+from agents.whole_texts import Row, TextModel, encode, whole_texts
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class SFTReport:
 def warm_start(
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[str | tuple[str, str]],
     *,
     max_tokens: int = 64,
     epochs: float = 1.0,
@@ -71,7 +64,7 @@ def warm_start(
     seed: int = 0,
     progress_bar: bool = False,
 ) -> SFTReport:
-    """Train `lm` in place on whole texts, each ended by EOS.
+    """Train `lm` in place on whole texts, or on completions behind their prompts, ended by EOS.
 
     AdamW with a linear warm-up over the first tenth and a linear decay to 0; batches of texts of
     similar length; dropout as the model has it.
@@ -79,8 +72,10 @@ def warm_start(
     Args:
         lm: A causal LM.
         tokenizer: Its tokenizer, with an EOS token.
-        texts: Texts; a random tenth of them, `held_out` at most, is only measured on.
-        max_tokens: Longer texts are cut there, and not ended.
+        texts: Texts, or (prompt, completion), of which the completion alone is learned; a random
+            tenth of them, `held_out` at most, is only measured on.
+        max_tokens: Longer texts, with their prompts, are cut there, and not ended; a text of
+            which that leaves nothing to learn is passed over.
         epochs: Passes over the texts.
         max_steps: Updates at most, if the epochs have more.
         batch_size: Texts per update.
@@ -101,8 +96,15 @@ def warm_start(
         raise ValueError("expected a tokenizer with an EOS token, got none: texts could not end")
     if len(texts) < 2:
         raise ValueError(f"expected at least two texts to learn from, got {len(texts)}")
-    ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(list(texts))["input_ids"]]
-    rows: list[Row] = [{"input_ids": row[:max_tokens]} for row in ids if len(row) > 1]
+    rows = encode(tokenizer, texts)
+    for row in rows:
+        row["input_ids"] = row["input_ids"][:max_tokens]
+    rows = [row for row in rows if len(row["input_ids"]) > row["n_given"]]
+    if len(rows) < 2:
+        raise ValueError(
+            f"expected at least two texts of which max_tokens={max_tokens} leaves something to "
+            f"learn, got {len(rows)} of {len(texts)}: raise max_tokens"
+        )
     random.Random(seed).shuffle(rows)
     n_held_out = max(1, min(held_out, len(rows) // 10))
     train, test = rows[n_held_out:], rows[:n_held_out]
@@ -114,8 +116,8 @@ def warm_start(
     check_fit(lm, len(tokenizer))
     check_positions(lm, max_tokens)
     freeze_below(lm, trainable_layers)
-    learner = _Learner(lm, dtype)
-    before = learner.loss(test)
+    learner = TextModel(lm, dtype)
+    before = _loss(learner, test)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         trainer = _TextTrainer(
@@ -153,14 +155,14 @@ def warm_start(
         steps=result.global_step,
         seconds=time.perf_counter() - start,
         loss_before=before,
-        loss_after=learner.loss(test),
+        loss_after=_loss(learner, test),
     )
 
 
 class _TextTrainer(Trainer):
     """A Trainer whose loss is that of the policy: bounded logits, float32 log-probabilities."""
 
-    learner: "_Learner"
+    learner: TextModel
 
     def compute_loss(
         self, model: th.nn.Module, inputs: TokenBatch, *args: Any, **kwargs: Any
@@ -177,45 +179,7 @@ class _TextTrainer(Trainer):
         return TokenBatch(*(x.to(self.learner.lm.device) for x in inputs[:3]))
 
 
-class _Learner(TokenModel):
-    """The language model as a distribution over the next token of whole texts."""
-
-    def __init__(self, lm: PreTrainedModel, dtype: str) -> None:
-        super().__init__()
-        self.lm, self.dtype = lm, getattr(th, dtype)
-        self.vocab_size, self.temperature = lm.get_output_embeddings().weight.shape[0], 1.0
-        self.allowed_tokens = th.ones(self.vocab_size, dtype=th.bool, device=lm.device)
-
-    def head(self, *args: Any, **kwargs: Any) -> Head:
-        """Return a head in the body's dtype: a mean over texts needs no finer one."""
-        head = super().head(*args, **kwargs)
-        return head._replace(weight=head.weight.to(self.dtype))
-
-    def log_probs(self, batch: TokenBatch) -> th.Tensor:
-        """Return the log-probabilities (nats) of every token but each text's first: (N,)."""
-        tokens = batch.ids[batch.row, batch.position + 1]
-        return self.token_statistics(batch, self.hidden_at(batch), tokens).log_prob
-
-    @th.no_grad()
-    def loss(self, rows: Sequence[Row], batch_size: int = 16) -> float:
-        """Return the mean negative log-likelihood of texts, nats per token."""
-        self.lm.eval()
-        rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-        starts = range(0, len(rows), batch_size)
-        batches = (whole_texts(rows[start : start + batch_size]) for start in starts)
-        found = [
-            self.log_probs(TokenBatch(*(x.to(self.lm.device) for x in b[:3]))) for b in batches
-        ]
-        return -float(th.cat(found).mean())
-
-
-def whole_texts(rows: Sequence[Row]) -> TokenBatch:
-    """Make a batch of texts, in which every token but a text's first is learned.
-
-    Padding is neither looked at, under causal attention, nor learned; so where the padding token
-    is EOS too, the EOS that ends a text still is.
-    """
-    ids = [np.array(row["input_ids"]) for row in rows]
-    row = np.repeat(np.arange(len(ids)), [len(x) - 1 for x in ids])
-    position = np.concatenate([np.arange(len(x) - 1) for x in ids])
-    return TokenBatch(*(th.from_numpy(x) for x in (pad_right(ids), row, position)))
+def _loss(learner: TextModel, rows: Sequence[Row]) -> float:
+    """Return the mean negative log-likelihood of texts, nats per token."""
+    log_prob, count = learner.sums(rows)
+    return float(-log_prob.sum() / count.sum())

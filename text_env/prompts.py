@@ -298,37 +298,56 @@ def load_prompts(
     return records
 
 
-def load_texts(path: str | Path, refused: list[str] | None = None) -> list[str]:
-    """Read whole texts, to learn the language from.
+def load_examples(
+    path: str | Path, refused: list[str] | None = None
+) -> list[str | tuple[str, str]]:
+    """Read what is to be learned: whole texts, or completions of prompts.
 
     Args:
-        path: A `.txt` (one text per line), or a `.jsonl` or `.csv` whose lines have the key
-            `text`, or `prompt` and `completion`, which are joined.
+        path: A `.txt` (one text per line), or a `.jsonl` or `.csv` whose lines have the key `text`;
+            or `prompt` and `completion`; or `prompt` and `reference`, a text or a list whose first
+            one is taken. A completion stands right behind its prompt: blanks between are its own.
         refused: As for `load_prompts`.
+
+    Returns:
+        Texts, and pairs of prompt and completion.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: No text, or a malformed one (named by file and line).
     """
-    texts = []
+    examples: list[str | tuple[str, str]] = []
     for place, item in _read_file(Path(path), refused):
-        parts = [item]
-        if isinstance(item, Mapping):
-            parts = [item.get("text")]
-            if "text" not in item and "completion" in item:
-                parts = [item.get("prompt", ""), item["completion"]]
-        text = "".join(part for part in parts if isinstance(part, str))
-        if not all(isinstance(part, str) for part in parts) or not text.strip():
+        example = _example(item)
+        if example is None or not "".join(example).strip():
             refuse(
-                f'{place}: expected a text, or the key "text", or "prompt" and "completion", '
-                f"got {_shown(item)}",
+                f'{place}: expected a text, or the key "text", or "prompt" and "completion" or '
+                f'"reference", got {_shown(item)}',
                 refused,
             )
             continue
-        texts.append(text)
-    if not texts:
+        examples.append(example)
+    if not examples:
         raise ValueError(f"expected at least one text, got none from the file {path}")
-    return texts
+    return examples
+
+
+def load_texts(path: str | Path, refused: list[str] | None = None) -> list[str]:
+    """Read whole texts: as `load_examples`, with prompts and completions joined."""
+    return ["".join(example) for example in load_examples(path, refused)]
+
+
+def _example(item: Any) -> str | tuple[str, str] | None:
+    if not isinstance(item, Mapping):
+        return item if isinstance(item, str) else None
+    if "text" in item:
+        return item["text"] if isinstance(item["text"], str) else None
+    completion = item.get("completion", item.get("reference"))
+    if "completion" not in item and isinstance(completion, list) and completion:
+        completion = completion[0]
+    prompt = item.get("prompt", "" if "completion" in item else None)
+    pair = (prompt, completion)
+    return pair if isinstance(prompt, str) and isinstance(completion, str) else None
 
 
 def split_by_hash(texts: Iterable[str], fractions: Mapping[str, float]) -> dict[str, list[str]]:

@@ -37,12 +37,15 @@ if TYPE_CHECKING:
     import numpy as np
     import torch as th
     from jsonargparse import ArgumentParser, Namespace
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import KVWriter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from agents import CausalLMPolicy
+    from agents import CausalLMPolicy, TokenPPO
     from agents.checks import Verdict
+    from agents.tuning import Objective, TrialCallback
     from reward_models import LearnedRewardModel, RewardEnsemble
     from reward_models.feedback import FeedbackStore, Task
     from text_env import TextVecEnv
@@ -443,6 +446,28 @@ class Loop:
     evaluate: Evaluate = field(default_factory=Evaluate)
 
 
+@dataclass
+class Tune:
+    """Settings of PPO that do best by the judge within a KL budget."""
+
+    space: Path = Path(__file__).with_name("configs") / "tune.yaml"
+    """What to search: settings of PPO, with a list of values or {low, high} for each."""
+    trials: int = 20
+    """Trainings in all, those of earlier calls and of other processes included."""
+    kl_budget: float = 8.0
+    """KL to the reference that costs nothing, nats per completion."""
+    kl_weight: float = 0.2
+    """What each nat above that takes from the judge's score."""
+    judge: str | None = None
+    """None: the run's judge/."""
+    n_prompts: int = 128
+    """Training prompts that are held out to measure on; at most half of them."""
+    evaluations: int = 4
+    """Measurements of a training; it may be given up from half of them on."""
+    ppo: PPO = field(default_factory=PPO)
+    """What is not searched."""
+
+
 # ------------------------------------------------------------------------------ the stages
 
 
@@ -572,7 +597,6 @@ def train_policy(common: Common, settings: PPO) -> None:
     )
     from agents.checkpoint_callback import cut_back
     from reward_models import LearnedRewardModel, load_reward_model
-    from text_env import TextVecEnv
     from text_env.vocabulary import fingerprint, load_tokenizer
 
     if settings.shard and settings.lora_rank is not None:
@@ -600,60 +624,26 @@ def train_policy(common: Common, settings: PPO) -> None:
             "temperature": settings.temperature,
             "vocabulary": str(vocabulary) if vocabulary else None,
         }
-        whole = settings.n_steps is None
-        env = TextVecEnv(
-            num_envs=settings.n_envs // n_processes,
-            autoreset=not whole,
-            tokenizer=tokenizer,
-            prompts=settings.prompts or data(common) / "prompts.jsonl",
-            reward_fn=load_reward_model(reward_model, device_of(common)),
-            max_new_tokens=settings.max_new_tokens,
-            min_new_tokens=settings.min_new_tokens,
-            missing_eos_penalty=settings.missing_eos_penalty,
-            allowed_token_ids=tokens_of(vocabulary, tokenizer),
-            nonfinite_scores="pass" if settings.on_nonfinite == "skip" else "error",
+        env = training_env(
+            common,
+            settings,
+            tokenizer,
+            settings.prompts or data(common) / "prompts.jsonl",
+            vocabulary,
+            load_reward_model(reward_model, device_of(common)),
+            n_processes,
         )
-        learning_rate = partial(warm_up_and_decay, settings.learning_rate)
         same = {
             "policy": digest_of(policy),
             "reward model": digest_of(reward_model),
             "tokenizer": fingerprint(tokenizer),
         }
-        arguments: dict[str, Any] = dict(
-            n_steps=settings.max_new_tokens if settings.n_steps is None else settings.n_steps,
-            whole_episodes=whole,
-            batch_size=settings.batch_size,
-            n_epochs=settings.n_epochs,
-            gae_lambda=settings.gae_lambda,
-            vf_coef=settings.vf_coef,
-            max_grad_norm=settings.max_grad_norm,
-            policy_kwargs={
-                "lm": policy,
-                "temperature": settings.temperature,
-                "trainable_layers": settings.trainable_layers,
-                "lora": lora_of(settings),
-                "value_lm": policy if settings.value_network else None,
-                "dtype": dtype_of(common),
-                "gradient_checkpointing": settings.gradient_checkpointing,
-                "micro_batch_size": settings.micro_batch_size,
-            },
-            value_warmup=settings.value_warmup,
-            shard=settings.shard,
-            kl_coef=settings.kl_coef,
-            ref_lm=settings.reference,
-            target_ref_kl=settings.target_ref_kl,
-            kl_horizon=settings.kl_horizon,
-            on_nonfinite=settings.on_nonfinite,
-            stats_window_size=max(100, settings.n_envs),
-            seed=common.seed,
-        )
         if checkpoint is None:
-            model = TokenPPO(
-                "CausalLMPolicy", env, learning_rate, device=device_of(common), **arguments
-            )
+            model = ppo_model(common, settings, policy, env)
             remember_settings(common, settings, made / "checkpoints")
         else:
             say(f"   from {checkpoint}")
+            learning_rate = partial(warm_up_and_decay, settings.learning_rate)
             model = TokenPPO.load(
                 checkpoint, env, device_of(common), learning_rate=learning_rate, facts=same
             )
@@ -706,6 +696,70 @@ def train_policy(common: Common, settings: PPO) -> None:
                 f"{facts['episodes']} and {steps} from {facts['tokens']} tokens; raise "
                 "total_timesteps, or n_steps to the length of an episode"
             )
+
+
+def training_env(
+    common: Common,
+    settings: PPO,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Path,
+    vocabulary: Path | None,
+    reward_fn: Any,
+    n_processes: int = 1,
+) -> "TextVecEnv":
+    """Return the environment that PPO trains in, one process's part of it."""
+    from text_env import TextVecEnv
+
+    return TextVecEnv(
+        num_envs=settings.n_envs // n_processes,
+        autoreset=settings.n_steps is not None,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        reward_fn=reward_fn,
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        missing_eos_penalty=settings.missing_eos_penalty,
+        allowed_token_ids=tokens_of(vocabulary, tokenizer),
+        nonfinite_scores="pass" if settings.on_nonfinite == "skip" else "error",
+    )
+
+
+def ppo_model(common: Common, settings: PPO, policy: str, env: "TextVecEnv") -> "TokenPPO":
+    """Return the algorithm with all its settings, before its first token."""
+    from agents import TokenPPO
+
+    return TokenPPO(
+        "CausalLMPolicy",
+        env,
+        partial(warm_up_and_decay, settings.learning_rate),
+        device=device_of(common),
+        n_steps=settings.max_new_tokens if settings.n_steps is None else settings.n_steps,
+        whole_episodes=settings.n_steps is None,
+        batch_size=settings.batch_size,
+        n_epochs=settings.n_epochs,
+        gae_lambda=settings.gae_lambda,
+        vf_coef=settings.vf_coef,
+        max_grad_norm=settings.max_grad_norm,
+        policy_kwargs={
+            "lm": policy,
+            "temperature": settings.temperature,
+            "trainable_layers": settings.trainable_layers,
+            "lora": lora_of(settings),
+            "value_lm": policy if settings.value_network else None,
+            "dtype": dtype_of(common),
+            "gradient_checkpointing": settings.gradient_checkpointing,
+            "micro_batch_size": settings.micro_batch_size,
+        },
+        value_warmup=settings.value_warmup,
+        shard=settings.shard,
+        kl_coef=settings.kl_coef,
+        ref_lm=settings.reference,
+        target_ref_kl=settings.target_ref_kl,
+        kl_horizon=settings.kl_horizon,
+        on_nonfinite=settings.on_nonfinite,
+        stats_window_size=max(100, settings.n_envs),
+        seed=common.seed,
+    )
 
 
 FREE = ("total_timesteps", "save_every", "checkpoint_every", "checkpoint_keep", "resume")
@@ -1414,6 +1468,174 @@ def simulate(common: Common, settings: Simulated, store: "FeedbackStore") -> Non
     bar.close()
 
 
+# --------------------------------------------------------------------------------- tuning
+
+
+def tune(common: Common, settings: Tune) -> None:
+    """Search the settings with which PPO does best by the judge within a KL budget.
+
+    Leaves the folder tune. The same command goes on with a search that was stopped, and called
+    several times at once, on as many processes, all work on the same one.
+    """
+    from agents import tuning, tuning_report
+    from reward_models import LearnedRewardModel
+
+    set_up(common)
+    folder = folder_of(common) / "tune"
+    judge_folder = settings.judge or str(left_by("reward", folder_of(common) / "judge"))
+    judge = LearnedRewardModel.load(judge_folder, device_of(common))
+    base = {name: value for name, value in asdict(settings.ppo).items() if name not in UNTUNED}
+    space = tuning.read_space(settings.space, base)
+    with tuning.alone(folder):
+        chosen = told_to_trials(common, settings, folder)
+    same = {f"ppo.{name}": str(value) for name, value in asdict(chosen).items()} | {
+        "space": {name: str(distribution) for name, distribution in space.items()},
+        "seed": common.seed,
+        "judge": digest_of(judge_folder),
+        "policy": digest_of(chosen.policy or ""),
+        "reward model": digest_of(chosen.reward_model or ""),
+        **{name: getattr(settings, name) for name in MEASURING},
+    }
+    objective = tuning.Objective(settings.kl_budget, settings.kl_weight)
+    first = tuning.values_inside(space, base)
+    study = tuning.open_study(folder, same, first, settings.evaluations)
+
+    def run_trial(trial: "Trial", place: Path) -> "TrialCallback":
+        with_its_values = replace(chosen, **trial.params)
+        return train_trial(common, settings, with_its_values, judge, objective, trial, place)
+
+    def report(trial: "FrozenTrial") -> None:
+        write_tuning(settings, folder, study, objective)
+        row = tuning_report.row_of(trial)
+        say(", ".join(f"{name} {value}" for name, value in row.items() if value != ""))
+
+    tuning.search(study, folder, space, run_trial, settings.trials, common.seed, report)
+    write_tuning(settings, folder, study, objective)
+    say(tuning_report.told(study))
+    say(f"Report: {folder / 'tune.md'}; python train.py ppo --config {folder / 'best.yaml'}")
+
+
+MEASURING = ("kl_budget", "kl_weight", "n_prompts", "evaluations")
+"""Settings of a search that stay as they began, beside those of PPO."""
+
+UNTUNED = (
+    "policy", "reference", "reward_model", "prompts", "vocabulary", "resume", "stop_on", "shard",
+    "save_every", "checkpoint_every", "checkpoint_keep", "merge_lora",
+)  # fmt: skip
+"""Settings of PPO that are not searched."""
+
+
+def told_to_trials(common: Common, settings: Tune, folder: Path) -> PPO:
+    """Return what a trial's PPO is told but for what is searched; splits the training prompts."""
+    from reward_models.atomic import atomic_folder
+    from text_env.prompts import load_prompts
+
+    run_folder, given = folder_of(common), settings.ppo
+    vocabulary = given.vocabulary
+    if vocabulary is None and given.prompts is None:
+        vocabulary = data(common) / "language.jsonl"
+    split = folder / "prompts"
+    if not split.exists():
+        rows = load_prompts(given.prompts or data(common) / "prompts.jsonl")
+        known = {json.dumps(row["prompt"]): row for row in rows}
+        n = min(settings.n_prompts, len(known) // 2)
+        if n < 1:
+            raise ValueError(f"expected two prompts or more, to hold some out, got {len(known)}")
+        held = set(random.Random(common.seed).sample(sorted(known), n))
+        with atomic_folder(split) as made:
+            rest = (row for row in rows if json.dumps(row["prompt"]) not in held)
+            write_jsonl(made / "train.jsonl", rest)
+            write_jsonl(made / "held_out.jsonl", (known[key] for key in sorted(held)))
+    return replace(
+        given,
+        policy=given.policy or str(left_by("sft", run_folder / "sft")),
+        reward_model=given.reward_model or str(left_by("reward", run_folder / "reward_model")),
+        prompts=split / "train.jsonl",
+        vocabulary=vocabulary,
+    )
+
+
+def train_trial(
+    common: Common,
+    how: Tune,
+    settings: PPO,
+    judge: "LearnedRewardModel",
+    objective: "Objective",
+    trial: "Trial",
+    place: Path,
+) -> "TrialCallback":
+    """Train with a trial's settings as stage ppo does; leaves a log in its place, no weights."""
+    import numpy as np
+    from stable_baselines3.common.logger import Logger
+
+    from agents import DoctorCallback
+    from agents.language_model import Reference, load_named
+    from agents.tuning import Measured, TrialCallback
+    from agents.writing import write_episodes
+    from reward_models import load_reward_model
+    from text_env.prompts import load_prompts
+    from text_env.vocabulary import load_tokenizer
+
+    assert settings.policy and settings.reward_model and settings.prompts
+    set_up(common)
+    reward_fn = load_reward_model(settings.reward_model, device_of(common))
+    env = training_env(
+        common,
+        settings,
+        load_tokenizer(settings.policy),
+        settings.prompts,
+        settings.vocabulary,
+        reward_fn,
+    )
+    model = ppo_model(common, settings, settings.policy, env)
+    model.set_logger(Logger(str(place), [appending(place / "metrics.jsonl")]))
+    reference = model.reference
+    if reference is None:  # with kl_coef 0
+        lm = load_named(settings.policy).to(model.device)
+        reference = Reference(lm, model.policy).to(model.device)
+    held_out = writing_env(
+        common,
+        Writing(**{part.name: getattr(settings, part.name) for part in fields(Writing)}),
+        settings.policy,
+        load_prompts(settings.prompts.with_name("held_out.jsonl")),
+        lambda prompts, completions, **_: judge.human_scale(prompts, completions),
+    )
+
+    def measure(policy: "CausalLMPolicy") -> Measured:
+        held_out.seed(common.seed)
+        episodes = write_episodes(policy, held_out, reference)
+        scores = np.array([episode["score"] for episode in episodes])
+        error = scores.std(ddof=min(1, len(scores) - 1)) / math.sqrt(len(scores))
+        ref_kl = np.mean([episode["ref_kl"] for episode in episodes])
+        return Measured(float(scores.mean()), float(error), float(ref_kl))
+
+    total = settings.total_timesteps
+    watched = TrialCallback(trial, measure, objective, total, how.evaluations, common.seed)
+    doctor = DoctorCallback(place / "doctor.jsonl", settings.stop_on)
+    model.learn(total, callback=[doctor, watched])
+    model.logger.close()
+    return watched
+
+
+def write_tuning(settings: Tune, folder: Path, study: "Study", objective: "Objective") -> None:
+    """Write tune.md, tune.png, and the best settings so far, best.yaml, for stage ppo."""
+    import yaml
+
+    from agents import tuning_report
+    from reward_models.atomic import atomic_file
+
+    budget = f"{settings.ppo.total_timesteps} tokens each"
+    write_text(folder / "tune.md", tuning_report.as_markdown(study, objective, budget))
+    with atomic_file(folder / "tune.png") as file:
+        tuning_report.picture(study).savefig(file, dpi=120, format="png")
+    best = tuning_report.best_of(study)
+    if best is not None:
+        values = asdict(replace(settings.ppo, **best.params))
+        plain = json.loads(json.dumps(values, default=str))
+        said = f"# Trial {best.number} of {folder}: {', '.join(best.params)} were searched.\n"
+        write_text(folder / "best.yaml", said + yaml.safe_dump(plain, sort_keys=False))
+
+
 # -------------------------------------------------------------------- data, folders, models
 
 SHARES = {"language": 0.31, "reward_model": 0.32, "judge": 0.32, "test": 0.05}
@@ -2094,6 +2316,7 @@ STAGES: dict[str, tuple[Callable[..., int | None], type]] = {
     "feedback forget": (forget, Forget),
     "compare": (compare, Compare),
     "loop": (loop, Loop),
+    "tune": (tune, Tune),
 }
 
 

@@ -38,12 +38,15 @@ class Segment(NamedTuple):
         end: One past the last step.
         context: (C,) int32, the ids seen at the first step: the prompt, and what an earlier
             rollout added to it.
+        inserted: What the environment said in between, a user's turn say: steps, in order, each
+            with the ids that its observation has behind the token of the step before.
     """
 
     row: int
     start: int
     end: int
     context: np.ndarray
+    inserted: tuple[tuple[int, np.ndarray], ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -55,9 +58,10 @@ class TokenRolloutBuffer(RolloutBuffer):
     """An SB3 rollout buffer for token environments.
 
     SB3 keeps one observation per step; here a step keeps its token, and an observation is kept
-    only where a segment begins, since each further one is the last plus a token. `get` yields
-    whole sequences, so that one forward pass serves all their tokens, with everything per token
-    packed to (N,): padding never reaches a loss.
+    only where a segment begins, since each further one is the last plus a token, and plus what the
+    environment says then (a user's turn), which is kept and not trained on. `get` yields whole
+    sequences, so that one forward pass serves all their tokens, with everything per token packed to
+    (N,): neither padding nor what others said ever reaches a loss.
 
     `before_advantages` is called when the rollout is full, before advantages are computed: the
     place to change `rewards`.
@@ -96,6 +100,8 @@ class TokenRolloutBuffer(RolloutBuffer):
         self.lengths = np.zeros(shape, dtype=np.int32)  # tokens in the observation; 0: held row
         for name in ("rewards", "returns", "episode_starts", "values", "log_probs", "advantages"):
             setattr(self, name, np.zeros(shape, dtype=np.float32))
+        # by row and step, what no action explains: an observation where a segment begins, later
+        # the ids that are inserted
         self._contexts: dict[tuple[int, int], np.ndarray] = {}
         self.segments: list[Segment] = []
         self._frozen: list[th.Tensor] = []
@@ -125,15 +131,16 @@ class TokenRolloutBuffer(RolloutBuffer):
             log_prob: (n_envs,) nats.
 
         Raises:
-            ValueError: If a row's observation is not its last one plus the token chosen.
+            ValueError: If a row's observation does not go on where its last one and the token
+                chosen end.
         """
         step, obs = self.pos, np.asarray(obs)
         length = (obs != PAD).sum(axis=1)
         begins = np.asarray(episode_start, dtype=bool) | (step == 0)
-        if step > 0:
-            self._check_continuity(obs, length, begins)
-        for row in np.flatnonzero(begins & (length > 0)).tolist():
-            self._contexts[row, step] = obs[row, : length[row]].astype(np.int32)
+        known = np.where(begins, 0, self.lengths[step - 1] + 1)  # tokens that were seen before
+        self._check_continuity(obs, length, known)
+        for row in np.flatnonzero(length > known).tolist():
+            self._contexts[row, step] = obs[row, known[row] : length[row]].astype(np.int32)
         self.actions[step] = np.asarray(action).reshape(-1)
         self.rewards[step] = reward
         self.episode_starts[step] = episode_start
@@ -239,8 +246,7 @@ class TokenRolloutBuffer(RolloutBuffer):
             step, row = np.argwhere(any_bad)[0]
             source = next(name for name, at in bad.items() if at[step, row])
             segment = next(s for s in found if s.row == row and s.start <= step < s.end)
-            written = self.actions[segment.start : step, row]
-            ids = np.concatenate((segment.context, written)).astype(np.int64)
+            ids = self._ids(segment._replace(end=step + 1)).astype(np.int64)
             raise NonFiniteError(source, float(numbers[source][step, row]), ids)
         self._leave_out(found)
 
@@ -322,16 +328,15 @@ class TokenRolloutBuffer(RolloutBuffer):
 
     def by_length(self) -> np.ndarray:
         """Return the order of the segments from the shortest sequence to the longest."""
-        return np.argsort([len(s.context) + s.n_tokens for s in self.segments], kind="stable")
+        last = [self.lengths[s.end - 1, s.row] for s in self.segments]
+        return np.argsort(last, kind="stable")
 
     def _batch(self, part: np.ndarray, masks: th.Tensor | None) -> tuple[TokenBatch, np.ndarray]:
         segments = [self.segments[i] for i in part]
-        ids = [
-            np.concatenate((s.context, self.actions[s.start : s.end - 1, s.row])) for s in segments
-        ]
+        ids = [self._ids(segment) for segment in segments]
         n_tokens = [s.n_tokens for s in segments]
         row = np.repeat(np.arange(len(segments)), n_tokens)
-        position = np.concatenate([len(s.context) - 1 + np.arange(s.n_tokens) for s in segments])
+        position = np.concatenate([self.lengths[s.start : s.end, s.row] for s in segments]) - 1
         index = np.stack(
             (
                 np.concatenate([np.arange(s.start, s.end) for s in segments]),
@@ -350,15 +355,27 @@ class TokenRolloutBuffer(RolloutBuffer):
             batch = batch._replace(frozen=pad_sequence(states, batch_first=True))
         return batch, index
 
+    def _ids(self, segment: Segment) -> np.ndarray:
+        """What was seen at a segment's last step, (C,) int32."""
+        _, start, end, context, inserted = segment
+        parts = [context]
+        for step, ids in inserted:
+            if step < end:
+                parts += [self.actions[start:step, segment.row], ids]
+                start = step
+        return np.concatenate((*parts, self.actions[start : end - 1, segment.row]))
+
     def _cut(self) -> list[Segment]:
         """Cut the rows' steps into segments, in the order of rows, then steps."""
         segments = []
         for row in range(self.n_envs):
             stops = [step for step in range(self.buffer_size) if self._ends_segment(row, step)]
-            starts = sorted(step for r, step in self._contexts if r == row)
-            for start in starts:
+            given = sorted(step for r, step in self._contexts if r == row)
+            for start in (step for step in given if step == 0 or self.episode_starts[step, row]):
                 end = next(stop for stop in stops if stop >= start) + 1
-                segments.append(Segment(row, start, end, self._contexts[row, start]))
+                inserted = ((step, self._contexts[row, step]) for step in given)
+                within = tuple(item for item in inserted if start < item[0] < end)
+                segments.append(Segment(row, start, end, self._contexts[row, start], within))
         return segments
 
     def _ends_segment(self, row: int, step: int) -> bool:
@@ -366,11 +383,11 @@ class TokenRolloutBuffer(RolloutBuffer):
         last = step == self.buffer_size - 1
         return last or bool(self.episode_starts[step + 1, row])
 
-    def _check_continuity(self, obs: np.ndarray, length: np.ndarray, begins: np.ndarray) -> None:
-        """Require that rows in mid-episode show their last observation plus the token chosen."""
-        rows = np.flatnonzero(~begins & (length > 0))
-        grown = length[rows] == self.lengths[self.pos - 1, rows] + 1
-        token = obs[rows, length[rows] - 1] == self.actions[self.pos - 1, rows]
+    def _check_continuity(self, obs: np.ndarray, length: np.ndarray, known: np.ndarray) -> None:
+        """Require that rows in mid-episode go on where they ended; `known` is 0 for others."""
+        rows = np.flatnonzero((known > 0) & (length > 0))
+        grown = (length[rows] >= known[rows]) & (known[rows] > 1)  # 1: it was held
+        token = obs[rows, known[rows] - 1] == self.actions[self.pos - 1, rows]
         if not (grown & token).all():
             row = rows[np.flatnonzero(~(grown & token))[0]]
             raise ValueError(

@@ -35,7 +35,7 @@ def write_episodes(
     """
     obs = env.reset()
     assert isinstance(obs, np.ndarray)
-    n_prompt = (obs != PAD).sum(axis=1)
+    states: list[list[int]] = [[] for _ in range(env.num_envs)]  # what each row's tokens follow
     masks = ActionMasks(env, policy.device) if env.has_attr("action_masks") else None
     mask_ids: list[np.ndarray] = []  # (n_envs,) per step
     ended: dict[int, dict[str, Any]] = {}
@@ -44,6 +44,9 @@ def write_episodes(
         tokens, _ = policy.predict(obs, deterministic=deterministic, action_masks=allowed)
         if masks is not None:
             mask_ids.append(masks.mask_id)
+        for row in range(env.num_envs):
+            if row not in ended:
+                states[row].append(int((obs[row] != PAD).sum()) - 1)
         obs, _, dones, infos = env.step(tokens)
         for row in np.flatnonzero(dones):
             ended.setdefault(int(row), infos[row])
@@ -53,7 +56,7 @@ def write_episodes(
         divergence: Sequence[float | None] = [None] * len(ids)
     else:
         at = None if masks is None else (np.stack(mask_ids), masks.table())
-        divergence = _divergence(policy, reference, ids, n_prompt, at, deterministic)
+        divergence = _divergence(policy, reference, ids, states, at, deterministic)
     for episode, ref_kl in zip(episodes, divergence, strict=True):
         episode["ref_kl"] = ref_kl
     policy.decoder.forget()
@@ -69,22 +72,23 @@ def _divergence(
     policy: TokenModel,
     reference: Reference,
     ids: list[np.ndarray],
-    n_prompt: np.ndarray,
+    states: list[list[int]],
     masks: tuple[np.ndarray, th.Tensor] | None,
     deterministic: bool,
     batch_size: int = 32,
 ) -> list[float]:
     """Sum the divergence over each episode's states, some sequences of like length at a time.
 
-    `masks` are the indices that held, (T, n_envs), and the masks, (M, V) bool.
+    `states` are the columns that each episode's tokens follow; `masks` the indices that held,
+    (T, n_envs), and the masks, (M, V) bool.
     """
     found = [0.0] * len(ids)
     order = np.argsort([len(row) for row in ids], kind="stable")
     for start in range(0, len(ids), batch_size):
         part = order[start : start + batch_size]
-        counts = [len(ids[i]) - n_prompt[i] for i in part]
+        counts = [len(states[i]) for i in part]
         row = np.repeat(np.arange(len(part)), counts)
-        position = np.concatenate([np.arange(n_prompt[i] - 1, len(ids[i]) - 1) for i in part])
+        position = np.concatenate([states[i] for i in part])
         padded = pad_right([ids[i] for i in part])
         device = policy.allowed_tokens.device
         batch = TokenBatch(*(th.as_tensor(x, device=device) for x in (padded, row, position)))

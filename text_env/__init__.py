@@ -11,6 +11,7 @@ import gymnasium as gym
 from text_env.environment import TextEnvironment
 from text_env.prompts import PromptSet, load_prompts, split_by_hash
 from text_env.scoring import RewardFunction
+from text_env.turns import UserFunction
 from text_env.vector import TextVectorEnv
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "TextEnvironment",
     "TextVecEnv",
     "TextVectorEnv",
+    "UserFunction",
     "load_prompts",
     "split_by_hash",
 ]

@@ -24,6 +24,11 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
     token at each step, until it ends the text or has used up its budget. Then a reward function
     scores the finished completion.
 
+    In a conversation an episode has several turns: where the agent's ends, the user's next one is
+    put into the observation at once, with what the chat template has around it, up to where the
+    agent's next turn begins; and the score is of the whole. What the user says comes with the
+    prompts (column `turns`) or from a callable (`user_fn`).
+
     ## Action Space
     `Discrete(V)`: the id of the next token, V the size of the vocabulary. `action_masks()` gives
     the tokens one should choose from (shape (V,), bool): no special token except the end token, no
@@ -33,7 +38,9 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
     ## Observation Space
     `Box(-1, V - 1, (max_prompt_tokens + max_new_tokens,), int64)`: the ids of prompt and
     completion, followed by -1, which is no token's id. With `obs_dtype="float32"` the same numbers
-    as floats.
+    as floats. With several turns the length is max_prompt_tokens + max_turns * max_new_tokens +
+    (max_turns - 1) * max_user_tokens. An observation is always the last one, the action, and
+    whatever follows from it: nothing, or a user's turn.
 
     ## Starting State
     A prompt, drawn without replacement in an order that the environment's own `np_random` shuffles;
@@ -42,7 +49,7 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
 
     ## Rewards
     0 at each token but the last. At the last one the score, less `missing_eos_penalty` if the
-    budget ran out.
+    budget ran out. (With several turns: less that at the last token of each turn that ran out.)
 
     ## Episode End
     Always with `terminated=True`, and a `finish_reason`:
@@ -52,19 +59,35 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
     - "length": it has `max_new_tokens` tokens. The budget is part of the task and can be seen in
       the observation, so this is no truncation, and no value is to be bootstrapped past it.
 
+    With several turns these are the ends of a turn; budget, `min_new_tokens` and `stop` are each
+    turn's. The episode ends with the turn after which the user has no more to say, or with number
+    `max_turns`. A turn that ended without an end token is closed as the chat template does it.
+
     ## Information
     Empty until the end; then `prompt`, `completion` (without end token, cut before the stop text,
     decoded as a whole), `score`, `finish_reason`, `n_tokens` (all tokens generated, the end token
-    included), and the prompt's further columns under their own names.
+    included), and the prompt's further columns under their own names. With several turns also
+    `messages`, the whole conversation, and `n_turns`, the agent's part of it; `completion` is what
+    the agent said in all turns, a line break between them, `n_tokens` what it wrote in all turns,
+    and `finish_reason` the last turn's.
 
     ## Arguments
     - `tokenizer`: a transformers tokenizer, or the folder or hub id of one.
     - `prompts`: a path (.jsonl, .csv, .txt), or an iterable of texts, of conversations (lists of
       `{"role", "content"}`, put through the chat template), or of dicts with the key "prompt" and
-      further columns, such as a `datasets` split.
+      further columns, such as a `datasets` split. A dict with the key "messages" is a whole
+      conversation: its part before the first answer is the prompt, and what the user says later
+      the column `turns`.
     - `reward_fn`: called as `reward_fn(prompts=[...], completions=[...], **columns)`, gives one
-      number per completion (see `text_env.RewardFunction`); or its place, "module:name".
-    - `max_new_tokens=48`: longest completion, in tokens, end token included.
+      number per completion (see `text_env.RewardFunction`); or its place, "module:name". With
+      several turns prompts and completions are lists of messages, as in TRL.
+    - `max_new_tokens=48`: longest completion (or turn), in tokens, end token included.
+    - `user_fn=None`: called as `user_fn(conversations, **columns)` where turns have ended, gives
+      what the users say next, None to end (see `text_env.turns.UserFunction`); or its place.
+    - `max_turns=None`: the agent's turns in an episode at most; None takes the longest
+      conversation's. Needed with `user_fn`.
+    - `max_user_tokens=None`: longest turn of a user, in tokens, with what the chat template puts
+      around it; None takes the longest one given. Needed with `user_fn`.
     - `max_prompt_tokens=None`: longest prompt, in tokens; None takes the longest one given.
     - `prompt_too_long="error"`: or "truncate_left", which drops the oldest tokens.
     - `min_new_tokens=0`: tokens before an end token counts as one.
@@ -85,8 +108,8 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
     - `render_mode=None`: "ansi" (`render` returns the text, prompt dim, completion bright) or
       "human" (the same is written to stdout at each reset and step).
 
-    All but the reward function, the tokenizer object and `fit_reward` fit into JSON, and the first
-    two can be given as strings, so that `spec.to_json()` works.
+    All but the reward and user functions, the tokenizer object and `fit_reward` fit into JSON, and
+    the first three can be given as strings, so that `spec.to_json()` works.
 
     ## Version History
     - v0: first version.

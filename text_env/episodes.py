@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 from gymnasium.utils import seeding
 
-from text_env.prompts import FixedOrder, Prompt, PromptOrder, ShuffledOrder
+from text_env.prompts import FixedOrder, Message, Prompt, PromptOrder, ShuffledOrder
 from text_env.scoring import score
 from text_env.task import TextTask
 
@@ -54,7 +54,9 @@ class Episodes:
     Attributes:
         ids: Shape (B, L), int64: prompt and completion, padded at the right with -1.
         lengths: Shape (B,): tokens in each row.
-        prompt_lengths: Shape (B,): prompt tokens in each row.
+        starts: Shape (B,): where the turn under way begins in each row, the prompt's length at
+            first.
+        written: Shape (B,): tokens that the agent wrote in the row's earlier turns.
         active: Shape (B,), bool.
     """
 
@@ -68,13 +70,15 @@ class Episodes:
         self.task = task
         self.num_rows = num_rows
         self.group_size = group_size
-        width = task.max_prompt_tokens + task.max_new_tokens
+        width = task.observation_space.shape[0]
         self.ids = np.full((num_rows, width), PADDING, dtype=np.int64)
         self.lengths = np.zeros(num_rows, dtype=np.int64)
-        self.prompt_lengths = np.zeros(num_rows, dtype=np.int64)
+        self.starts = np.zeros(num_rows, dtype=np.int64)
+        self.written = np.zeros(num_rows, dtype=np.int64)
         self.active = np.zeros(num_rows, dtype=np.bool_)
         self._started = False
         self._prompts: list[Prompt | None] = [None] * num_rows
+        self._said: list[list[Message]] = [[] for _ in range(num_rows)]  # in finished turns
         self._generators: list[np.random.Generator | None] = [None] * num_rows
         self._orders: list[PromptOrder | None] = [None] * num_rows
 
@@ -135,10 +139,11 @@ class Episodes:
 
     def _begin(self, row: int, prompt: Prompt) -> None:
         n_tokens = len(prompt.ids)
-        self._prompts[row] = prompt
+        self._prompts[row], self._said[row] = prompt, []
         self.ids[row] = PADDING
         self.ids[row, :n_tokens] = prompt.ids
-        self.lengths[row] = self.prompt_lengths[row] = n_tokens
+        self.lengths[row] = self.starts[row] = n_tokens
+        self.written[row] = 0
 
     def _new_order(self, row: int, generator: np.random.Generator) -> PromptOrder:
         size = len(self.task.prompts)
@@ -154,22 +159,26 @@ class Episodes:
         """
         self.active[rows] = False
         self.ids[rows] = PADDING
-        self.lengths[rows] = self.prompt_lengths[rows] = 0
+        self.lengths[rows] = self.starts[rows] = self.written[rows] = 0
         for row in np.flatnonzero(rows):
-            self._prompts[row] = None
+            self._prompts[row], self._said[row] = None, []
 
     # -- being under way ---------------------------------------------------------------------------
 
     def step(self, actions: Any) -> Step:
         """Append one token to each active row; score, in one call, the rows that end by it.
 
+        Where a turn ends and the conversation does not, the user's turn follows at once.
+
         Args:
             actions: Shape (B,), integers; those of inactive rows are ignored.
 
         Raises:
             ResetNeeded: No row has been reset yet.
-            ValueError: An action is not a token id, or the reward function's answer is not one
-                finite number per completion.
+            RewardError: The reward function raised an error.
+            UserError: The user function did.
+            ValueError: An action is not a token id, or the answer of one of the two is not what it
+                is to be.
         """
         rows = np.flatnonzero(self.active)
         tokens = self._checked(actions)[rows]
@@ -181,13 +190,17 @@ class Episodes:
         infos: dict[int, dict[str, Any]] = {}
         over = reasons != _RUNNING
         if over.any():
+            rows, reasons = rows[over], reasons[over]
             # first, so that an error in the reward leaves no row with more tokens than fit
-            self.active[rows[over]] = False
-            ended[rows[over]] = True
-            infos = self._finish(rows[over], reasons[over])
+            self.active[rows] = False
+            going_on = self._user_speaks(rows, reasons)
+            self.active[rows[going_on]] = True
+            ended[rows[~going_on]] = True
+            if not going_on.all():
+                infos = self._finish(rows[~going_on], reasons[~going_on])
             for row, info in infos.items():
-                missing = info["finish_reason"] == "length"
-                rewards[row] = info["score"] - self.task.missing_eos_penalty * missing
+                rewards[row] = info["score"]
+            rewards[rows] -= self.task.missing_eos_penalty * (reasons == _LENGTH)
         return Step(rewards, ended, infos)
 
     def observations(self) -> np.ndarray:
@@ -215,16 +228,22 @@ class Episodes:
         return vocabulary.allowed_before_eos if self._early()[row] else vocabulary.allowed_tokens
 
     def render(self, row: int) -> str:
-        """The row as text, prompt dim and completion bright (ANSI codes); a held row is empty."""
+        """The row as text, the agent's part bright, the rest dim (ANSI codes); "" if it is held."""
         prompt = self._prompts[row]
         if prompt is None:
             return ""
-        completion = self.task.vocabulary.completion_text(prompt.ids, self._completion_ids(row))
-        return f"{_DIM}{prompt.text}{_PLAIN}{_BRIGHT}{completion}{_PLAIN}"
+        parts = [f"{_DIM}{prompt.text}{_PLAIN}"]
+        for message in self._said[row]:
+            mine = message["role"] == "assistant"
+            text = message["content"] if mine else f"\n{message['content']}\n"
+            parts.append(f"{_BRIGHT if mine else _DIM}{text}{_PLAIN}")
+        if len(self._said[row]) % 2 == 0:  # else the last answer is there already
+            parts.append(f"{_BRIGHT}{self._text(row)}{_PLAIN}")
+        return "".join(parts)
 
     def _early(self) -> np.ndarray:
         """Rows in which EOS is not allowed yet, shape (B,), bool."""
-        return self.active & (self.lengths - self.prompt_lengths < self.task.min_new_tokens)
+        return self.active & (self.lengths - self.starts < self.task.min_new_tokens)
 
     def _checked(self, actions: Any) -> np.ndarray:
         actions = np.asarray(actions)
@@ -248,9 +267,9 @@ class Episodes:
     # -- ending ------------------------------------------------------------------------------------
 
     def _finish_reasons(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Why each of these rows ends now, as indices of `FINISH_REASONS`, or 0."""
+        """Why the turn of each of these rows ends now, as indices of `FINISH_REASONS`, or 0."""
         vocabulary = self.task.vocabulary
-        n_tokens = self.lengths[rows] - self.prompt_lengths[rows]
+        n_tokens = self.lengths[rows] - self.starts[rows]
         reasons = np.where(n_tokens >= self.task.max_new_tokens, _LENGTH, _RUNNING)
         if vocabulary.stop:
             for i in np.flatnonzero(vocabulary.may_stop[tokens]):
@@ -259,28 +278,63 @@ class Episodes:
         reasons[vocabulary.is_eos[tokens] & (n_tokens > self.task.min_new_tokens)] = _EOS
         return reasons
 
+    def _user_speaks(self, rows: np.ndarray, reasons: np.ndarray) -> np.ndarray:
+        """Put the user's next turn into rows whose turn has ended; (n,) bool: where there is one.
+
+        The texts are asked for in one call.
+        """
+        going_on = np.zeros(len(rows), dtype=np.bool_)
+        user = self.task.user
+        if user is None:
+            return going_on
+        for row, reason in zip(rows, reasons, strict=True):
+            answer = {"role": "assistant", "content": self._completion(row, reason)}
+            self._said[row].append(answer)
+        prompts, said = [self._prompt(row) for row in rows], [self._said[row] for row in rows]
+        for i, text in enumerate(user.next_texts(prompts, said)):
+            if text is None:
+                continue
+            row, going_on[i] = rows[i], True
+            ids = user.ids(prompts[i], said[i], text, by_end_token=reasons[i] == _EOS)
+            said[i].append({"role": "user", "content": text})
+            self.written[row] += self.lengths[row] - self.starts[row]
+            end = self.lengths[row] + len(ids)
+            self.ids[row, self.lengths[row] : end] = ids
+            self.lengths[row] = self.starts[row] = end
+        return going_on
+
     def _finish(self, rows: np.ndarray, reasons: np.ndarray) -> dict[int, dict[str, Any]]:
         """Score the episodes that ended and describe them."""
         prompts = [self._prompt(row) for row in rows]
-        completions = [
-            self._completion(row, reason) for row, reason in zip(rows, reasons, strict=True)
-        ]
         columns = {
             name: [prompt.columns[name] for prompt in prompts]
             for name in self.task.prompts.column_names
         }
-        texts = [prompt.text for prompt in prompts]
-        scores = score(
-            self.task.reward_fn, texts, list(completions), columns, self.task.allow_nonfinite
-        )
-        n_tokens = self.lengths[rows] - self.prompt_lengths[rows]
+        if self.task.user is None:
+            conversations: list[dict[str, Any]] = [{} for _ in rows]
+            texts = [self._completion(row, why) for row, why in zip(rows, reasons, strict=True)]
+            scored: tuple[list[Any], list[Any]] = [prompt.text for prompt in prompts], list(texts)
+        else:
+            said = [self._said[row] for row in rows]
+            scored = [copy.deepcopy(prompt.messages) for prompt in prompts], copy.deepcopy(said)
+            texts = ["\n".join(m["content"] for m in messages[::2]) for messages in said]
+            conversations = [
+                {
+                    "messages": copy.deepcopy([*(prompt.messages or ()), *messages]),
+                    "n_turns": (len(messages) + 1) // 2,
+                }
+                for prompt, messages in zip(prompts, said, strict=True)
+            ]
+        scores = score(self.task.reward_fn, *scored, columns, self.task.allow_nonfinite)
+        n_tokens = self.written[rows] + self.lengths[rows] - self.starts[rows]
         return {
             int(row): {
                 "prompt": prompts[i].text,
-                "completion": completions[i],
+                "completion": texts[i],
                 "score": scores[i],
                 "finish_reason": FINISH_REASONS[reasons[i]],
                 "n_tokens": int(n_tokens[i]),
+                **conversations[i],
                 **copy.deepcopy(prompts[i].columns),  # users keep and change infos
             }
             for i, row in enumerate(rows)
@@ -291,13 +345,10 @@ class Episodes:
         return text[: self.task.vocabulary.find_stop(text)] if reason == _STOP else text
 
     def _text(self, row: int, without_last: bool = False) -> str:
-        ids = self._completion_ids(row)
-        return self.task.vocabulary.completion_text(
-            self._prompt(row).ids, ids[:-1] if without_last else ids
-        )
-
-    def _completion_ids(self, row: int) -> np.ndarray:
-        return self.ids[row, self.prompt_lengths[row] : self.lengths[row]]
+        """The turn under way, or just over, as it follows what was there before it."""
+        start, end = self.starts[row], self.lengths[row] - without_last
+        before, ids = self.ids[row, :start], self.ids[row, start:end]
+        return self.task.vocabulary.completion_text(before, ids)
 
     def _prompt(self, row: int) -> Prompt:
         prompt = self._prompts[row]
@@ -339,12 +390,21 @@ class Episodes:
 
     def _row_state(self, row: int) -> dict[str, Any]:
         generator, order, prompt = self._generators[row], self._orders[row], self._prompts[row]
+        n_prompt = 0 if prompt is None else len(prompt.ids)
+        turns = {}
+        if self.task.user is not None:
+            turns = {
+                "said": copy.deepcopy(self._said[row]),
+                "start": int(self.starts[row]),
+                "written": int(self.written[row]),
+            }
         return {
             "generator": None if generator is None else generator.bit_generator.state,
             "order": None if order is None else order.get_state(),
             "prompt": None if prompt is None else _prompt_state(prompt),
-            "completion": self._completion_ids(row).tolist(),
+            "completion": self.ids[row, n_prompt : self.lengths[row]].tolist(),
             "active": bool(self.active[row]),
+            **turns,
         }
 
     def _set_row_state(self, row: int, state: Mapping[str, Any]) -> None:
@@ -362,13 +422,17 @@ class Episodes:
             end = self.lengths[row] + len(state["completion"])
             self.ids[row, self.lengths[row] : end] = state["completion"]
             self.lengths[row] = end
+            if self.task.user is not None:
+                self._said[row] = copy.deepcopy(state["said"])
+                self.starts[row], self.written[row] = state["start"], state["written"]
         self.active[row] = state["active"]
 
     def _prompt_from_state(self, state: Mapping[str, Any]) -> Prompt:
         if state["number"] is not None:
             return self.task.prompts[state["number"]]
         ids = np.array(state["ids"], dtype=np.int64)
-        return Prompt(state["text"], ids, dict(state["columns"]), None)
+        columns, messages = dict(state["columns"]), state.get("messages")
+        return Prompt(state["text"], ids, columns, None, messages)
 
 
 def _prompt_state(prompt: Prompt) -> dict[str, Any]:

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 """A prompt as its source gives it: "prompt" (a text or chat messages) and further columns."""
 
+Message = dict[str, Any]
+"""A chat message: {"role", "content"}."""
+
+TURNS = "turns"
+"""The column of what the user says after each of the assistant's answers, a list of texts."""
+
 RESERVED_COLUMNS = frozenset(
     {
         *("prompt", "prompts", "completion", "completions", "score", "finish_reason", "n_tokens"),
@@ -27,6 +33,9 @@ RESERVED_COLUMNS = frozenset(
     }
 )
 """Names that a column cannot have: keys of `info` and keywords of the reward function."""
+
+RESERVED_IN_CONVERSATIONS = frozenset({"messages", "n_turns", "conversations"})
+"""The same, where episodes have several turns."""
 
 
 class Prompt(NamedTuple):
@@ -37,12 +46,14 @@ class Prompt(NamedTuple):
         ids: Token ids, shape (prompt tokens,), int64.
         columns: The further columns of its record.
         number: Its place in the prompt set, or None if it was given to `reset`.
+        messages: The chat messages that it was made of, or None if it is a text.
     """
 
     text: str
     ids: np.ndarray
     columns: Record
     number: int | None
+    messages: list[Message] | None = None
 
 
 class PromptSet:
@@ -51,12 +62,15 @@ class PromptSet:
     Args:
         source: A path (see `load_prompts`) or an iterable whose items are texts, conversations
             (lists of `{"role", "content"}`), or dicts with the key "prompt" (either of the two) and
-            further columns, the same in each item. A `datasets` split is such an iterable.
+            further columns, the same in each item; or with the key "messages", a whole
+            conversation, of which the part before the first answer is the prompt and what the user
+            says later the column "turns". A `datasets` split is such an iterable.
         tokenizer: Applied as it is by default, special tokens included; conversations go through
             its chat template, with the generation prompt added.
         max_tokens: Longest prompt allowed, in tokens; None takes the longest one given.
         too_long: "error", or "truncate_left" to drop a long prompt's oldest tokens (a leading BOS
             stays). The reward function still gets the whole text.
+        conversations: Require chat messages, as the column "turns" does too.
 
     Raises:
         ValueError: There is no prompt, or one of them is malformed, empty, or too long.
@@ -68,6 +82,7 @@ class PromptSet:
         tokenizer: "PreTrainedTokenizerBase",
         max_tokens: int | None = None,
         too_long: str = "error",
+        conversations: bool = False,
     ) -> None:
         if too_long not in ("error", "truncate_left"):
             raise ValueError(
@@ -79,13 +94,20 @@ class PromptSet:
         self._too_long = too_long
         records = load_prompts(source)
         self.column_names = _column_names(records[0])
-        taken = RESERVED_COLUMNS.intersection(self.column_names)
+        self.conversations = conversations or TURNS in self.column_names
+        reserved = RESERVED_COLUMNS
+        if self.conversations:
+            reserved = reserved | RESERVED_IN_CONVERSATIONS
+        taken = reserved.intersection(self.column_names)
         if taken:
             raise ValueError(
                 "prompts: expected column names that the environment does not use itself, "
                 f"got {sorted(taken)}; rename them"
             )
         self._columns = [_columns(record) for record in records]
+        self._messages = [
+            self._messages_of(record, f"prompt {i}") for i, record in enumerate(records)
+        ]
         self._texts, ids = self._tokenise([record["prompt"] for record in records])
         self.max_tokens = max_tokens if max_tokens is not None else max(map(len, ids))
         self._ids = [self._fit(row, self._texts[i], f"prompt {i}") for i, row in enumerate(ids)]
@@ -96,7 +118,8 @@ class PromptSet:
 
     def __getitem__(self, index: int) -> Prompt:
         """The prompt at this place."""
-        return Prompt(self._texts[index], self._ids[index], self._columns[index], index)
+        messages = self._messages[index]
+        return Prompt(self._texts[index], self._ids[index], self._columns[index], index, messages)
 
     def encode(self, item: Any) -> Prompt:
         """Turn a prompt from outside the set into a `Prompt`, held to the same rules.
@@ -106,10 +129,10 @@ class PromptSet:
         """
         record = _record(item, "the given prompt")
         _check_columns(record, self.column_names, "the given prompt")
+        messages = self._messages_of(record, "the given prompt")
         texts, ids = self._tokenise([record["prompt"]])
-        return Prompt(
-            texts[0], self._fit(ids[0], texts[0], "the given prompt"), _columns(record), None
-        )
+        row = self._fit(ids[0], texts[0], "the given prompt")
+        return Prompt(texts[0], row, _columns(record), None, messages)
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change when a prompt or its tokens change."""
@@ -117,7 +140,17 @@ class PromptSet:
         for text, ids in zip(self._texts, self._ids, strict=True):
             digest.update(f"{len(text)}:{text}:{len(ids)}:".encode("utf-8", "surrogatepass"))
             digest.update(ids.tobytes())
+        if TURNS in self.column_names:
+            turns = [columns[TURNS] for columns in self._columns]
+            digest.update(repr(turns).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()[:16]
+
+    def _messages_of(self, record: Record, place: str) -> list[Message] | None:
+        prompt = record["prompt"]
+        messages = None if isinstance(prompt, str) else [dict(message) for message in prompt]
+        if self.conversations:
+            check_turns(messages, record, place)
+        return messages
 
     def _tokenise(self, prompts: list[Any]) -> tuple[list[str], list[list[int]]]:
         """Texts and ids, tokenised in one call, many times faster than one by one."""
@@ -261,9 +294,9 @@ def load_prompts(
     """Read prompts from a file or an iterable.
 
     Args:
-        source: A path that ends in `.jsonl` (one object with the key "prompt", or one text, per
-            line), `.csv` (a header with a column `prompt`), or `.txt` (one prompt per line), all
-            UTF-8, blank lines skipped; or an iterable as in `PromptSet`.
+        source: A path that ends in `.jsonl` (one object with the key "prompt" or "messages", or
+            one text, per line), `.csv` (a header with a column `prompt`), or `.txt` (one prompt per
+            line), all UTF-8, blank lines skipped; or an iterable as in `PromptSet`.
         refused: A list that gets "file, line N: reason" for each bad prompt, which is then passed
             over; None raises at the first one. The first good prompt says which columns there are.
             (Bad CSV always raises: its lines hang together.)
@@ -397,6 +430,25 @@ def shorten(text: str, width: int = 60) -> str:
     return repr(text if len(text) <= width else text[: width - 3] + "...")
 
 
+def check_turns(messages: list[Message] | None, columns: Mapping[str, Any], place: str) -> None:
+    """Require what an episode of several turns begins with.
+
+    Raises:
+        ValueError: The prompt is no conversation, or its column `turns` no list of texts.
+    """
+    if messages is None:
+        raise ValueError(
+            f"{place}: expected chat messages, as the episodes have several turns, got a text; "
+            f"pass [{{'role': 'user', 'content': …}}], or rename the column {TURNS!r}"
+        )
+    turns = columns.get(TURNS, [])
+    if isinstance(turns, str) or not isinstance(turns, Sequence):
+        raise ValueError(f"{place}: expected a list of texts as {TURNS}, got {shorten(str(turns))}")
+    for text in turns:
+        if not isinstance(text, str):
+            raise ValueError(f"{place}: expected texts in {TURNS}, got {type(text).__name__}")
+
+
 def _column_names(record: Record) -> tuple[str, ...]:
     return tuple(name for name in record if name != "prompt")
 
@@ -422,6 +474,8 @@ def _record(item: Any, place: str) -> Record:
             f'{place}: expected a text, chat messages, or a dict with the key "prompt", '
             f"got {type(item).__name__}"
         )
+    if "messages" in item and "prompt" not in item:
+        return _from_conversation(item, place)
     if "prompt" not in item:
         hint = "; pass one conversation as [[...messages...]]" if "role" in item else ""
         raise ValueError(f'{place}: expected the key "prompt", got {sorted(map(str, item))}{hint}')
@@ -431,6 +485,26 @@ def _record(item: Any, place: str) -> Record:
             f"got {type(item['prompt']).__name__}"
         )
     return dict(item)
+
+
+def _from_conversation(item: Mapping[str, Any], place: str) -> Record:
+    """Bring a whole conversation to a prompt, and what the user says after each answer."""
+    messages = item["messages"]
+    if not _is_chat(messages):
+        raise ValueError(
+            f'{place}: expected chat messages under "messages", got {type(messages).__name__}'
+        )
+    roles = [message["role"] for message in messages]
+    first = roles.index("assistant") if "assistant" in roles else len(roles)
+    later = roles[first:]
+    if first == 0 or later != [("assistant", "user")[i % 2] for i in range(len(later))]:
+        raise ValueError(
+            f"{place}: expected a conversation in which assistant and user take turns after the "
+            f"prompt, got the roles {roles}"
+        )
+    turns = [message["content"] for message in messages[first + 1 :: 2]]
+    further = {name: value for name, value in item.items() if name != "messages"}
+    return {"prompt": messages[:first], TURNS: turns, **further}
 
 
 def _is_chat(item: Any) -> bool:

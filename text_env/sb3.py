@@ -63,8 +63,8 @@ class TextVecEnv(VecEnv):
 
     @property
     def max_new_tokens(self) -> int:
-        """Tokens of the longest completion."""
-        return self.task.max_new_tokens
+        """Tokens that an agent can write in one episode, in all of its turns."""
+        return self.task.max_episode_tokens
 
     @property
     def allowed_tokens(self) -> np.ndarray:

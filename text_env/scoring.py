@@ -6,8 +6,8 @@ Leaves out every reward itself, and when a score is paid (`episodes`).
 import importlib
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from text_env.prompts import shorten
 
@@ -16,13 +16,16 @@ class RewardFunction(Protocol):
     """Scores finished completions. TRL's reward functions have the same signature."""
 
     def __call__(
-        self, *, prompts: list[str], completions: list[str], **columns: list[Any]
+        self, *, prompts: list[Any], completions: list[Any], **columns: list[Any]
     ) -> Sequence[float]:
         """Score B completions at once.
 
         Args:
-            prompts: B prompts.
-            completions: B completions, without prompt, end token, and stop text.
+            prompts: B prompts, texts. Where episodes have several turns: B lists of chat messages,
+                what the first turn saw.
+            completions: B completions, texts without prompt, end token, and stop text. Where
+                episodes have several turns: B lists of chat messages, the assistant's and the
+                user's in turn, from the first answer to the last.
             **columns: The prompts' further columns, B values each.
 
         Returns:
@@ -31,23 +34,33 @@ class RewardFunction(Protocol):
         ...
 
 
-def load_reward(reward_fn: "RewardFunction | str") -> RewardFunction:
-    """A reward function from "module:name", which fits into JSON; a callable is returned as is.
+def load_function(function: Any, name: str) -> Callable[..., Any]:
+    """A callable from "module:name", which fits into JSON; a callable is returned as is.
+
+    Args:
+        function: Either of the two.
+        name: Of the argument, for the error.
 
     Raises:
         ValueError: There is no such callable.
     """
-    if isinstance(reward_fn, str):
-        module, _, name = reward_fn.partition(":")
+    if isinstance(function, str):
+        place = function
+        module, _, attribute = place.partition(":")
         try:
-            reward_fn = cast(RewardFunction, getattr(importlib.import_module(module), name))
+            function = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
-                f'reward_fn: expected a callable or "module:name", got {reward_fn!r} ({error})'
+                f'{name}: expected a callable or "module:name", got {place!r} ({error})'
             ) from error
-    if not callable(reward_fn):
-        raise ValueError(f"reward_fn: expected a callable, got {type(reward_fn).__name__}")
-    return reward_fn
+    if not callable(function):
+        raise ValueError(f"{name}: expected a callable, got {type(function).__name__}")
+    return function
+
+
+def load_reward(reward_fn: "RewardFunction | str") -> RewardFunction:
+    """A reward function from "module:name"; see `load_function`."""
+    return load_function(reward_fn, "reward_fn")
 
 
 class RewardError(RuntimeError):
@@ -56,8 +69,8 @@ class RewardError(RuntimeError):
 
 def score(
     reward_fn: RewardFunction,
-    prompts: list[str],
-    completions: list[str],
+    prompts: list[Any],
+    completions: list[Any],
     columns: dict[str, list[Any]],
     allow_nonfinite: bool = False,
 ) -> list[float]:
@@ -65,8 +78,8 @@ def score(
 
     Args:
         reward_fn: What to call.
-        prompts: B prompts.
-        completions: B completions.
+        prompts: B prompts, texts or chat messages.
+        completions: B completions, as the prompts.
         columns: Further columns, B values each.
         allow_nonfinite: Hand NaN and infinity on, to an agent that leaves such episodes out.
 
@@ -74,7 +87,7 @@ def score(
         RewardError: The function raised an error.
         ValueError: Not one finite number per completion. Either message names the prompt.
     """
-    first = f"first of {len(prompts)} prompts {shorten(prompts[0])}"
+    first = f"first of {len(prompts)} prompts {_shown(prompts[0])}"
     try:
         answer: Any = reward_fn(prompts=prompts, completions=completions, **columns)
     except Exception as error:
@@ -98,9 +111,14 @@ def score(
         if not isinstance(value, numbers.Real) or not (_is_float32(value) or allow_nonfinite):
             raise ValueError(
                 f"reward_fn: expected a finite number, got {shorten(repr(value))[1:-1]} for the "
-                f"completion {shorten(completion)} of the prompt {shorten(prompt)}"
+                f"completion {_shown(completion)} of the prompt {_shown(prompt)}"
             )
     return [float(value) if _is_float32(value) else _infinite(value) for value in scores]
+
+
+def _shown(text: Any) -> str:
+    """A text, or the last message of a conversation, for an error message."""
+    return shorten(text if isinstance(text, str) else str(text[-1]["content"]))
 
 
 def _is_float32(value: Any) -> bool:

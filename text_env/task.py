@@ -14,6 +14,7 @@ from gymnasium import spaces
 
 from text_env.prompts import PromptSet, beginning, shorten
 from text_env.scoring import RewardFunction, load_reward
+from text_env.turns import UserFunction, UserTurns
 from text_env.vocabulary import Vocabulary, fingerprint, load_tokenizer
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ class TextTask:
         vocabulary: What its ids mean: allowed, ending, text.
         prompts: The prompt set.
         reward_fn: Scores finished completions, in batches.
-        observation_space: `Box(-1, V - 1, (max_prompt_tokens + max_new_tokens,))`.
+        user: Speaks between the assistant's turns; None where episodes have one.
+        max_episode_tokens: Tokens that an agent can write in one episode, in all of its turns.
+        observation_space: `Box(-1, V - 1, (L,))`: room for the longest prompt and all turns.
         action_space: `Discrete(V)`.
     """
 
@@ -54,6 +57,9 @@ class TextTask:
         shuffle: bool = True,
         skip_special_tokens: bool = True,
         nonfinite_scores: str = "error",
+        user_fn: UserFunction | str | None = None,
+        max_turns: int | None = None,
+        max_user_tokens: int | None = None,
         texts: Sequence[str] | None = None,
         rewards: Sequence[float] | None = None,
         fit_reward: Callable[[Sequence[str], Sequence[float]], RewardFunction] | None = None,
@@ -86,19 +92,40 @@ class TextTask:
         )
         if min_new_tokens and not self.vocabulary.allowed_before_eos.any():
             raise ValueError("min_new_tokens: expected a token that may come before EOS, got none")
-        self.prompts = PromptSet(prompts, self.tokenizer, max_prompt_tokens, prompt_too_long)
+        self.prompts = PromptSet(
+            prompts, self.tokenizer, max_prompt_tokens, prompt_too_long, user_fn is not None
+        )
+        self.user: UserTurns | None = None
+        if self.prompts.conversations:
+            self.user = UserTurns(
+                self.tokenizer,
+                self.prompts,
+                user_fn,
+                max_turns,
+                max_user_tokens,
+                self.vocabulary.is_eos,
+            )
+        elif max_turns is not None or max_user_tokens is not None:
+            raise ValueError(
+                "max_turns and max_user_tokens: expected user_fn, or prompts with the column "
+                '"turns", got neither: each episode has one turn'
+            )
         self.reward_fn = load_reward(reward_fn)
         self.allow_nonfinite = nonfinite_scores == "pass"
         self.max_prompt_tokens = self.prompts.max_tokens
         self.max_new_tokens = max_new_tokens
         self.min_new_tokens = min_new_tokens
+        self.max_episode_tokens, width = max_new_tokens, self.max_prompt_tokens + max_new_tokens
+        if self.user is not None:
+            self.max_episode_tokens *= self.user.max_turns
+            width += (self.user.max_turns - 1) * (self.user.max_tokens + max_new_tokens)
         self.missing_eos_penalty = missing_eos_penalty
         self.shuffle = shuffle
         self.obs_dtype = np.dtype(obs_dtype)
         self.observation_space = spaces.Box(
             low=-1,
             high=self.vocabulary.size - 1,
-            shape=(self.max_prompt_tokens + max_new_tokens,),
+            shape=(width,),
             dtype=self.obs_dtype.type,
         )
         self.action_space = spaces.Discrete(self.vocabulary.size)
@@ -106,6 +133,9 @@ class TextTask:
     def rules(self) -> dict[str, Any]:
         """What tells this task from others, its prompts and reward apart, as JSON types."""
         allowed = self.vocabulary.allowed_tokens
+        turns = {}
+        if self.user is not None:
+            turns = {"max_turns": self.user.max_turns, "max_user_tokens": self.user.max_tokens}
         return {
             "tokenizer": fingerprint(self.tokenizer),
             "allowed tokens": hashlib.sha256(allowed.tobytes()).hexdigest()[:16],
@@ -114,6 +144,7 @@ class TextTask:
             "min_new_tokens": self.min_new_tokens,
             "missing_eos_penalty": self.missing_eos_penalty,
             "shuffle": self.shuffle,
+            **turns,
         }
 
 

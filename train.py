@@ -658,7 +658,9 @@ def train_policy(common: Common, settings: PPO) -> None:
             model = TokenPPO.load(
                 checkpoint, env, device_of(common), learning_rate=learning_rate, facts=same
             )
-        remember_settings(common, settings, made / "checkpoints")
+        alone = n_processes == 1  # several make no checkpoints: they could not go on exactly
+        if alone:
+            remember_settings(common, settings, made / "checkpoints")
         logs = [made / name for name in ("metrics.jsonl", "samples.jsonl", "doctor.jsonl")]
         if first:
             if checkpoint is not None:
@@ -685,7 +687,6 @@ def train_policy(common: Common, settings: PPO) -> None:
             facts=same,
             logs=logs,
         )
-        alone = n_processes == 1  # several cannot go on exactly yet
         if model.num_timesteps < settings.total_timesteps or model.rollout_under_way:
             with saver.stops_at_signals() if alone else nullcontext():
                 model.learn(
@@ -723,8 +724,6 @@ def remember_settings(common: Common, settings: PPO, folder: Path) -> None:
 
     from reward_models.atomic import atomic_file
 
-    if process_number() > 0:
-        return
     began = {
         "common": {"seed": common.seed, "dtype": common.dtype, "threads": th.get_num_threads()},
         "ppo": {**asdict(settings), "resume": None},
@@ -750,7 +749,8 @@ def as_begun(common: Common, settings: PPO, asked: Container[str]) -> PPO:
         place = settings.resume / "checkpoints"
     if not (place / "settings.json").exists():
         raise FileNotFoundError(
-            f"resume: expected a run folder with checkpoints of PPO, got '{settings.resume}'"
+            "resume: expected a run folder with checkpoints of PPO, which one process makes and "
+            f"several do not (docs/guarantees.md), got '{settings.resume}'"
         )
     began = json.loads((place / "settings.json").read_text(encoding="utf-8"))
     other = []

@@ -25,7 +25,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -204,7 +204,7 @@ class PPO:
     """Findings of the doctor (docs/doctor.md) that stop the run, such as [kl_runaway]."""
     resume: Path | None = None
     """Go on with the PPO of this run folder, from its newest whole checkpoint and with the settings
-    that it began with; only total_timesteps and what is saved when may be others."""
+    that it began with; only total_timesteps, stop_on and what is saved when may be others."""
     checkpoint_every: int | None = 4
     """Rollouts from one checkpoint to the next; null: only when stopped (SIGTERM, Ctrl-C) and at
     the end."""
@@ -602,9 +602,13 @@ def train_policy(common: Common, settings: PPO) -> None:
     if settings.shard and settings.lora_rank is not None:
         raise ValueError("expected shard or lora_rank, got both: adapters have little to split")
     n_processes, first = ranks.world_size(), ranks.rank() == 0
+    if settings.resume is not None and n_processes > 1:
+        raise ValueError(
+            f"expected one process with resume, got {n_processes}: only one process's generators, "
+            "environments and rollout are in a checkpoint; resume without torchrun, or begin anew "
+            "with --policy and --reference (docs/guarantees.md)"
+        )
     checkpoint = None if settings.resume is None else to_go_on_from(settings.resume, settings)
-    if checkpoint is not None and n_processes > 1:
-        raise ValueError("expected one process with resume, got several: not exact there yet")
     if settings.n_envs % n_processes:
         raise ValueError(
             f"expected n_envs divisible by the number of processes, got {settings.n_envs} rows for "
@@ -624,11 +628,12 @@ def train_policy(common: Common, settings: PPO) -> None:
             "temperature": settings.temperature,
             "vocabulary": str(vocabulary) if vocabulary else None,
         }
+        prompts = settings.prompts or data(common) / "prompts.jsonl"
         env = training_env(
             common,
             settings,
             tokenizer,
-            settings.prompts or data(common) / "prompts.jsonl",
+            prompts,
             vocabulary,
             load_reward_model(reward_model, device_of(common)),
             n_processes,
@@ -637,16 +642,20 @@ def train_policy(common: Common, settings: PPO) -> None:
             "policy": digest_of(policy),
             "reward model": digest_of(reward_model),
             "tokenizer": fingerprint(tokenizer),
+            f"prompts of {Path(prompts).name}": env.task.prompts.fingerprint(),
+            "judge": digest_of(folder / "judge") if (folder / "judge").exists() else None,
         }
         if checkpoint is None:
             model = ppo_model(common, settings, policy, env)
-            remember_settings(common, settings, made / "checkpoints")
         else:
             say(f"   from {checkpoint}")
             learning_rate = partial(warm_up_and_decay, settings.learning_rate)
             model = TokenPPO.load(
                 checkpoint, env, device_of(common), learning_rate=learning_rate, facts=same
             )
+        alone = n_processes == 1  # several make no checkpoints: they could not go on exactly
+        if alone:
+            remember_settings(common, settings, made / "checkpoints")
         logs = [made / name for name in ("metrics.jsonl", "samples.jsonl", "doctor.jsonl")]
         if first:
             if checkpoint is not None:
@@ -656,13 +665,12 @@ def train_policy(common: Common, settings: PPO) -> None:
                 TensorBoardOutputFormat(str(made / "tensorboard")),
             ]
             model.set_logger(Logger(str(made), writers))
-        doctor = DoctorCallback(logs[2], settings.stop_on)
         callbacks = [
             SampleTextCallback(logs[1]),
             SavePretrainedCallback(
                 made / "policy", tokenizer, settings.save_every, merge=settings.merge_lora
             ),
-            doctor,  # behind what logs the judge
+            DoctorCallback(logs[2], settings.stop_on),  # behind what logs the judge
         ]
         if first and (folder / "judge").exists():
             judge = LearnedRewardModel.load(folder / "judge", device_of(common))
@@ -674,20 +682,20 @@ def train_policy(common: Common, settings: PPO) -> None:
             facts=same,
             logs=logs,
         )
-        alone = n_processes == 1  # several cannot go on exactly yet
-        with saver.stops_at_signals() if alone else nullcontext():
-            model.learn(
-                settings.total_timesteps,
-                callback=[*callbacks, saver] if alone else callbacks,
-                reset_num_timesteps=checkpoint is None,
-                progress_bar=True,
-            )
+        if model.num_timesteps < settings.total_timesteps or model.rollout_under_way:
+            with saver.stops_at_signals() if alone else nullcontext():
+                model.learn(
+                    settings.total_timesteps,
+                    callback=[*callbacks, saver] if alone else callbacks,
+                    reset_num_timesteps=checkpoint is None,
+                    progress_bar=True,
+                )
         model.logger.close()
         saver.store.keep = 1  # of a finished training
         saver.store.prune()
         rows = map(json.loads, read_lines(made / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
-        facts["doctor"] = [finding.name for finding in doctor.findings]
+        facts["doctor"] = [json.loads(line)["name"] for line in read_lines(logs[2])]
         facts["episodes"] = sum(row.get("rollout/episodes", 0) for row in rows)
         steps = model.policy.guard.n_steps
         if first and not (facts["episodes"] and steps):
@@ -762,18 +770,19 @@ def ppo_model(common: Common, settings: PPO, policy: str, env: "TextVecEnv") -> 
     )
 
 
-FREE = ("total_timesteps", "save_every", "checkpoint_every", "checkpoint_keep", "resume")
-"""Settings of PPO that may be others when a training goes on."""
+FREE = (
+    "total_timesteps", "save_every", "checkpoint_every", "checkpoint_keep", "stop_on", "resume",
+    "threads",
+)  # fmt: skip
+"""Settings that may be others when a training of PPO goes on."""
 
 
 def remember_settings(common: Common, settings: PPO, folder: Path) -> None:
-    """Write down what a training began with, beside its checkpoints, for `as_begun`."""
+    """Write down a training's settings, beside its checkpoints, for `as_begun`."""
     import torch as th
 
     from reward_models.atomic import atomic_file
 
-    if process_number() > 0:
-        return
     began = {
         "common": {"seed": common.seed, "dtype": common.dtype, "threads": th.get_num_threads()},
         "ppo": {**asdict(settings), "resume": None},
@@ -782,11 +791,16 @@ def remember_settings(common: Common, settings: PPO, folder: Path) -> None:
         aside.write_text(json.dumps(began, indent=1, default=str), encoding="utf-8")
 
 
-def as_begun(common: Common, settings: PPO) -> PPO:
+def as_begun(common: Common, settings: PPO, asked: Container[str]) -> PPO:
     """Return the settings that a training began with; those of `common` are set in place.
 
+    Args:
+        common: As the command line gives it.
+        settings: As the command line gives it.
+        asked: Names of the settings that the command line says itself, which are no defaults.
+
     Raises:
-        ValueError: If a setting was asked for that is neither the default nor what it began with.
+        ValueError: If one of those is not what the training began with, and has to be.
     """
     assert settings.resume is not None
     place = settings.resume / "ppo.unfinished" / "checkpoints"
@@ -794,7 +808,8 @@ def as_begun(common: Common, settings: PPO) -> PPO:
         place = settings.resume / "checkpoints"
     if not (place / "settings.json").exists():
         raise FileNotFoundError(
-            f"resume: expected a run folder with checkpoints of PPO, got '{settings.resume}'"
+            "resume: expected a run folder with checkpoints of PPO, which one process makes and "
+            f"several do not (docs/guarantees.md), got '{settings.resume}'"
         )
     began = json.loads((place / "settings.json").read_text(encoding="utf-8"))
     other = []
@@ -803,10 +818,10 @@ def as_begun(common: Common, settings: PPO) -> PPO:
             if part.name not in stored:
                 continue
             value, was = getattr(given, part.name), stored[part.name]
-            asked = value != getattr(type(given)(), part.name)
-            if asked and str(value) != str(was) and part.name not in (*FREE, "threads"):
+            is_asked, is_free = part.name in asked, part.name in FREE
+            if is_asked and not is_free and str(value) != str(was):
                 other.append(f"{part.name} is {was}, not {value}")
-            if not asked or part.name not in (*FREE, "threads"):
+            if not (is_asked and is_free):
                 path = was is not None and "Path" in str(part.type)
                 setattr(given, part.name, Path(was) if path else was)
     if other:
@@ -817,31 +832,55 @@ def as_begun(common: Common, settings: PPO) -> PPO:
 
 
 def to_go_on_from(run_folder: Path, settings: PPO) -> Path:
-    """Return a run's newest whole checkpoint; a finished run's results are copied to go on from.
+    """Return a run's newest whole checkpoint, in the folder of its unfinished results.
+
+    Results that are in their place already are copied there: those of a finished run, and those
+    that a crash came behind while they were put in place.
 
     Raises:
-        ValueError: If the run has all the tokens that it is to have.
+        ValueError: If total_timesteps leave nothing to do.
     """
     from agents import newest_whole
-    from agents.checkpoint import read_state
 
     unfinished = run_folder / "ppo.unfinished"
-    finished = not (unfinished / "checkpoints").exists()
-    checkpoint = newest_whole((run_folder if finished else unfinished) / "checkpoints")
-    progress = read_state(checkpoint)["progress"]
-    if finished and progress["num_timesteps"] >= settings.total_timesteps:
+    there = unfinished / "checkpoints"
+    is_there = there.exists()
+    checkpoint = newest_whole(there if is_there else run_folder / "checkpoints")
+    at_end, n_tokens = how_far(checkpoint)
+    is_done = at_end and not is_there and (run_folder / "stages/ppo.json").exists()
+    if n_tokens >= settings.total_timesteps and (is_done or not at_end):
         raise ValueError(
-            f"resume: {run_folder} is finished, with {progress['num_timesteps']} tokens: expected "
-            f"more than that as total_timesteps, got {settings.total_timesteps}"
+            f"resume: {run_folder} is {'finished' if is_done else 'stopped'}, with {n_tokens} "
+            f"tokens: expected more than that as total_timesteps, got {settings.total_timesteps}"
         )
-    if finished:
-        unfinished.mkdir(exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl", "doctor.jsonl"):
-            shutil.copy2(run_folder / name, unfinished / name)
-        for name in ("tensorboard", "checkpoints"):
-            shutil.copytree(run_folder / name, unfinished / name, dirs_exist_ok=True)
-        checkpoint = unfinished / "checkpoints" / checkpoint.name
-    return checkpoint
+    unfinished.mkdir(exist_ok=True)
+    for name in ("metrics.jsonl", "samples.jsonl", "doctor.jsonl", "tensorboard", "checkpoints"):
+        if (run_folder / name).exists() and not (unfinished / name).exists():
+            copy_whole(run_folder / name, unfinished / name)
+    return there / checkpoint.name
+
+
+def how_far(checkpoint: Path) -> tuple[bool, int]:
+    """Say whether a checkpoint is of its training's end, and the tokens of all whole rollouts."""
+    from agents.checkpoint import read_state
+
+    state = read_state(checkpoint)
+    progress, rollout = state["progress"], state["rollout"]
+    n_tokens: int = progress["num_timesteps"] if rollout is None else rollout["tokens_before"]
+    return rollout is None and n_tokens >= progress["_total_timesteps"], n_tokens
+
+
+def copy_whole(source: Path, place: Path) -> None:
+    """Copy a file or folder, which appears at its place when it is whole."""
+    aside = place.with_name(f"{place.name}.copy")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    if source.is_dir():
+        shutil.copytree(source, aside / source.name)
+    else:
+        shutil.copy2(source, aside)
+    (aside / source.name).rename(place)
+    aside.rmdir()
 
 
 def digest_of(source: str | Path) -> str:
@@ -2369,7 +2408,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resumes = isinstance(settings, PPO) and settings.resume is not None
         if resumes:
             common.run = resumed_run(common, settings)
-            settings = as_begun(common, settings)
+            asked = parser.parse_args(arguments, defaults=False)[name]
+            settings = as_begun(common, settings, asked)
         elif isinstance(settings, Run) and settings.ppo.resume is not None:
             raise ValueError("expected resume with the stage ppo, got it with run")
         if process_number() == 0 and name != "check":

@@ -69,8 +69,8 @@ class TokenPPO(ResumablePPO):
 
     Attributes:
         finished_episodes: Episodes that ended in the current rollout, in order: the
-            environment's `info` and `ref_kl` (nats, summed over the completion; complete when
-            `on_rollout_end` is called).
+            environment's `info` and `ref_kl` (nats, summed over the completion, but for tokens of a
+            rollout that was broken off; complete when `on_rollout_end` is called).
         kl: The controller of β; `kl.coef` is where to change it (with several processes, on rank
             0, where callbacks run; other settings must be changed on all).
         nonfinite_skipped: Sequences and minibatches left out so far, with `on_nonfinite="skip"`.
@@ -331,12 +331,13 @@ class TokenPPO(ResumablePPO):
                 going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         finally:
             self._collecting = False
-        self.rollout_under_way = False
         if not going_on:  # a callback's word, upon which SB3's loop leaves the step half done
+            self._leave_rollout()
             loop = callback.locals
             self._last_obs, self._last_episode_starts = loop["new_obs"], loop["dones"]
             # Within the rollout, the others' tokens are an estimate.
             self._num_timesteps = ranks.gather([self._num_timesteps])[0]
+        self.rollout_under_way = False
         return going_on
 
     def _begin_rollout(self, env: VecEnv) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from agents import ranks
 from agents.callback_state import callback_states
 from agents.checkpoint import Tensors
 from agents.env_state import env_state
@@ -103,7 +104,7 @@ def training_state(
         tensors |= {name: stored.tensors[name] for name in ("random", "rollout")}
     state = {
         "algorithm": type(model).__name__,
-        "machine": machine(),
+        "machine": machine(model.device),
         "spaces": spaces_of(model),
         "settings": to_json({name: getattr(model, name) for name in SETTINGS}),
         "schedules": {name: describe(getattr(model, name)) for name in SCHEDULES},
@@ -183,9 +184,12 @@ def own_tensors(model: "ResumablePPO") -> dict[str, th.Tensor]:
     return {name: t for name, t in found.items() if t.data_ptr() not in shared}
 
 
-def machine() -> dict[str, Any]:
+def machine(device: th.device) -> dict[str, Any]:
     """Return what bit-identity depends on, beyond the checkpoint."""
     return {
+        "device": device.type,
+        "instructions": th.backends.cpu.get_cpu_capability(),
+        "processes": ranks.world_size(),
         "threads": th.get_num_threads(),
         "torch": th.__version__,
         "transformers": transformers.__version__,
@@ -435,9 +439,9 @@ def with_tied(
     return {**tensors, **named}
 
 
-def warn_of_another_machine(state: Mapping[str, Any]) -> None:
+def warn_of_another_machine(state: Mapping[str, Any], device: th.device) -> None:
     """Say what keeps a model from going on to the last bit."""
-    there, here = state["machine"], machine()
+    there, here = state["machine"], machine(device)
     differing = [f"{k} {v} (now {here.get(k)})" for k, v in there.items() if v != here.get(k)]
     if differing:
         warnings.warn(

@@ -171,6 +171,17 @@ def test_shuffled_order_is_without_replacement_and_uniform():
     assert len(counts) == 6 and all(400 < n < 600 for n in counts.values())
 
 
+def test_fingerprint_is_of_texts_tokens_and_columns():
+    def fingerprint(rows):
+        return PromptSet(rows, character_tokenizer()).fingerprint()
+
+    rows = [{"prompt": "ab", "k": 1, "of": {(1, 2): object()}}, {"prompt": "cd", "k": 2, "of": 3}]
+    same = [{"of": {(1, 2): object()}, "k": 1, "prompt": "ab"}, rows[1]]
+    assert fingerprint(rows) == fingerprint(same)
+    others = [rows[::-1], [{**rows[0], "prompt": "abb"}, rows[1]], [{**rows[0], "k": 3}, rows[1]]]
+    assert len({fingerprint(other) for other in [rows, *others]}) == 4
+
+
 @pytest.mark.parametrize("drawn", [0, 1, 4, 5, 8])
 def test_shuffled_order_state(drawn):
     generator = np.random.default_rng(1)

@@ -361,7 +361,7 @@ class Episodes:
         """Everything that changes, as JSON types (if the columns of a given prompt are)."""
         return {
             "prompts": self.task.prompts.fingerprint(),
-            "rules": self.task.rules(),
+            "rules": self._rules(),
             "started": self._started,
             "rows": [self._row_state(row) for row in range(self.num_rows)],
         }
@@ -377,7 +377,7 @@ class Episodes:
             raise ValueError(f"state: expected {self.num_rows} rows, got {len(rows)}")
         if state["prompts"] != self.task.prompts.fingerprint():
             raise ValueError("state: expected one of the same prompts and tokenizer, got another's")
-        rules = self.task.rules()
+        rules = self._rules()
         if other := [k for k, v in rules.items() if state["rules"].get(k) != v]:
             there = {name: state["rules"].get(name) for name in other}
             here = {name: rules[name] for name in other}
@@ -387,6 +387,9 @@ class Episodes:
         self._started = state["started"]
         for row, row_state in enumerate(rows):
             self._set_row_state(row, row_state)
+
+    def _rules(self) -> dict[str, Any]:
+        return {**self.task.rules(), "group_size": self.group_size}
 
     def _row_state(self, row: int) -> dict[str, Any]:
         generator, order, prompt = self._generators[row], self._orders[row], self._prompts[row]

@@ -5,6 +5,7 @@ Leaves out everything that happens after the prompt (`episodes`) and the vocabul
 
 import csv
 import hashlib
+import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -135,10 +136,15 @@ class PromptSet:
         return Prompt(texts[0], row, _columns(record), None, messages)
 
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that change when a prompt or its tokens change."""
+        """Sixteen hexadecimal digits that change when a prompt, its tokens or columns change.
+
+        Of a column's values only what JSON can hold counts.
+        """
         digest = hashlib.sha256()
-        for text, ids in zip(self._texts, self._ids, strict=True):
-            digest.update(f"{len(text)}:{text}:{len(ids)}:".encode("utf-8", "surrogatepass"))
+        for text, ids, columns in zip(self._texts, self._ids, self._columns, strict=True):
+            further = json.dumps(sorted(columns.items()), skipkeys=True, default=lambda value: None)
+            head = f"{len(text)}:{text}:{len(ids)}:{len(further)}:{further}"
+            digest.update(head.encode("utf-8", "surrogatepass"))
             digest.update(ids.tobytes())
         if TURNS in self.column_names:
             turns = [columns[TURNS] for columns in self._columns]

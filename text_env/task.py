@@ -139,10 +139,13 @@ class TextTask:
         return {
             "tokenizer": fingerprint(self.tokenizer),
             "allowed tokens": hashlib.sha256(allowed.tobytes()).hexdigest()[:16],
+            "end tokens": np.flatnonzero(self.vocabulary.is_eos).tolist(),
+            "skip_special_tokens": self.vocabulary.skip_special_tokens,
             "stop": list(self.vocabulary.stop),
             "max_new_tokens": self.max_new_tokens,
             "min_new_tokens": self.min_new_tokens,
             "missing_eos_penalty": self.missing_eos_penalty,
+            "nonfinite_scores": "pass" if self.allow_nonfinite else "error",
             "shuffle": self.shuffle,
             **turns,
         }

@@ -25,6 +25,7 @@ from agents.frozen_layers import freeze_below
 from agents.heads import Head
 from agents.language_model import TokenModel, check_fit, check_positions
 from agents.sequences import TokenBatch, pad_right
+from agents.states import find_capping
 
 
 class Row(TypedDict):
@@ -182,7 +183,7 @@ class _Learner(TokenModel):
 
     def __init__(self, lm: PreTrainedModel, dtype: str) -> None:
         super().__init__()
-        self.lm, self.dtype = lm, getattr(th, dtype)
+        self.lm, self.dtype, self.capping = lm, getattr(th, dtype), find_capping(lm)
         self.vocab_size, self.temperature = lm.get_output_embeddings().weight.shape[0], 1.0
         self.allowed_tokens = th.ones(self.vocab_size, dtype=th.bool, device=lm.device)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agents.heads import Head
 from agents.language_model import TokenModel
 from agents.sequences import TokenBatch, pad_right
+from agents.states import find_capping
 
 
 class Row(TypedDict):
@@ -51,7 +52,7 @@ class TextModel(TokenModel):
 
     def __init__(self, lm: PreTrainedModel, dtype: str) -> None:
         super().__init__()
-        self.lm, self.dtype = lm, getattr(th, dtype)
+        self.lm, self.dtype, self.capping = lm, getattr(th, dtype), find_capping(lm)
         self.vocab_size, self.temperature = lm.get_output_embeddings().weight.shape[0], 1.0
         self.allowed_tokens = th.ones(self.vocab_size, dtype=th.bool, device=lm.device)
 

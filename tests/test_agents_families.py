@@ -1,0 +1,265 @@
+"""Every family of models behind the one policy keeps the same promises.
+
+Each is built from a tiny config. Its weights are made large: random ones hardly attend to
+anything, so that a wrong mask or position would not show.
+"""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch as th
+import transformers as tf
+from conftest import tiny_gpt2, tiny_llama
+from test_agents_decoder import Rows
+from test_agents_token_ppo import make_env, make_model
+
+from agents import LMReader, TokenPPO
+from agents.decoder import CachedDecoder, Decoder
+from agents.families import decoder_for
+from agents.language_model import load_lm
+from agents.state_decoder import StateDecoder
+from agents.states import auto_class, find_capping
+
+V = 40
+ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    **ENDS,
+}
+GEMMA = {**SMALL, "head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8}
+
+
+def qwen2(v: int) -> tf.PreTrainedConfig:
+    return tf.Qwen2Config(vocab_size=v, **SMALL)
+
+
+def qwen3(v: int) -> tf.PreTrainedConfig:
+    return tf.Qwen3Config(vocab_size=v, head_dim=8, **SMALL)
+
+
+def mistral(v: int) -> tf.PreTrainedConfig:
+    return tf.MistralConfig(vocab_size=v, sliding_window=5, **SMALL)
+
+
+def gemma2(v: int) -> tf.PreTrainedConfig:
+    return tf.Gemma2Config(
+        vocab_size=v, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **GEMMA
+    )
+
+
+def gemma3(v: int) -> tf.PreTrainedConfig:
+    kinds = ["sliding_attention", "full_attention"]
+    return tf.Gemma3TextConfig(vocab_size=v, layer_types=kinds, **GEMMA)
+
+
+def cohere(v: int) -> tf.PreTrainedConfig:
+    return tf.CohereConfig(vocab_size=v, logit_scale=0.25, **SMALL)
+
+
+def mamba(v: int) -> tf.PreTrainedConfig:
+    return tf.MambaConfig(
+        vocab_size=v, hidden_size=32, num_hidden_layers=2, state_size=4, conv_kernel=3, **ENDS
+    )
+
+
+def mamba2(v: int) -> tf.PreTrainedConfig:
+    return tf.Mamba2Config(
+        vocab_size=v, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=4, head_dim=16,
+        n_groups=2, chunk_size=4, **ENDS,
+    )  # fmt: skip
+
+
+def rwkv(v: int) -> tf.PreTrainedConfig:
+    return tf.RwkvConfig(vocab_size=v, hidden_size=32, num_hidden_layers=2, rescale_every=1)
+
+
+def bert(v: int) -> tf.PreTrainedConfig:
+    return tf.BertConfig(
+        vocab_size=v, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=48, max_position_embeddings=64, is_decoder=True,
+    )  # fmt: skip
+
+
+MADE = {"gpt2": lambda v: tiny_gpt2(v).config, "llama": lambda v: tiny_llama(v).config}
+OTHERS = (qwen2, qwen3, mistral, gemma2, gemma3, cohere, mamba, mamba2, rwkv, bert)
+CONFIGS = MADE | {make.__name__: make for make in OTHERS}
+DECODERS = dict.fromkeys(CONFIGS, CachedDecoder)
+DECODERS |= {"mamba": StateDecoder, "mamba2": StateDecoder, "rwkv": Decoder}
+
+
+def tiny(name: str, vocab_size: int = V) -> tf.PreTrainedModel:
+    """A model whose tokens see one another."""
+    th.manual_seed(0)
+    config = CONFIGS[name](vocab_size)
+    lm = auto_class(config).from_config(config, dtype=th.float32).eval()
+    with th.no_grad():
+        for parameter in lm.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return lm
+
+
+@pytest.fixture(params=CONFIGS)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def silent_but_for(request):
+    """No family warns but those that say that they are not cached."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*cannot be cached")
+        yield
+
+
+def plain_logits(lm, row: np.ndarray) -> th.Tensor:
+    """What a family's own forward pass says of the token after a row: no cache, no batch."""
+    ids = th.as_tensor(row[row >= 0])[None]
+    with th.no_grad():
+        return lm(input_ids=ids, use_cache=False).logits[0, -1]
+
+
+class FamilyRows(Rows):
+    """Observations that grow and now and then begin anew."""
+
+
+def rows_of(name: str, n: int = 5, **changes) -> Rows:
+    return FamilyRows(n, restart=0.15, **changes)
+
+
+def test_cached_log_probs_are_the_full_forward_passs(family) -> None:
+    lm = tiny(family)
+    decoder, rows = decoder_for(lm), rows_of(family)
+    assert type(decoder) is DECODERS[family]
+    head, capping = lm.get_output_embeddings(), find_capping(lm)
+    worst = 0.0
+    with th.no_grad():
+        for _ in range(60):
+            logits = capping(head(decoder.hidden(rows.tensor())))
+            expected = th.stack([plain_logits(lm, row) for row in rows.ids])
+            error = (logits.log_softmax(1) - expected.log_softmax(1)).abs().max()
+            worst = max(worst, float(error))
+            rows.step()
+    assert worst <= 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_a_rollout_and_its_update_keep_what_a_policy_promises(family, tmp_path) -> None:
+    lm = tiny(family, 9)
+    model = make_model(
+        lm=lm, env=env_of(family), kl_coef=0.1, n_steps=24, n_epochs=1, learning_rate=1e-2
+    )
+    start = copy.deepcopy(model.policy.state_dict())
+    model.learn(1)  # the first minibatch's ratio is checked to be 1
+    kl = model.logger.name_to_value["rollout/ref_kl_per_token_exact"]
+    assert abs(kl) < 1e-6
+    changed = [n for n, p in model.policy.named_parameters() if not th.equal(p, start[n])]
+    assert len(changed) > 10 and all(p.isfinite().all() for p in model.policy.parameters())
+    model.policy.lm.save_pretrained(tmp_path / "lm")
+    again = auto_class(lm.config).from_pretrained(tmp_path / "lm").eval()
+    for row in model._last_obs:
+        found = plain_logits(again, row)
+        th.testing.assert_close(found, plain_logits(model.policy.lm, row), atol=1e-5, rtol=1e-5)
+    # A token's log-probability depends neither on its batch nor on how it is asked for.
+    obs = th.as_tensor(model._last_obs)
+    tokens, values, log_prob = model.policy(obs)
+    for row in range(len(obs)):
+        value, one, _ = model.policy.evaluate_actions(obs[row : row + 1], tokens[row : row + 1])
+        th.testing.assert_close(one[0], log_prob[row], atol=1e-4, rtol=0)
+        th.testing.assert_close(value[0], values[row], atol=1e-4, rtol=1e-4)
+
+
+def env_of(name: str):
+    return make_env()
+
+
+def test_some_layers_learn_and_the_rest_stays(family) -> None:
+    model = make_model(
+        lm=tiny(family, 9),
+        env=env_of(family),
+        kl_coef=0.1,
+        policy_kwargs={"trainable_layers": 1},
+    )
+    start = {n: p.clone() for n, p in model.policy.lm.named_parameters()}
+    model.learn(1)
+    kl = model.logger.name_to_value["rollout/ref_kl_per_token_exact"]
+    changed = {n for n, p in model.policy.lm.named_parameters() if not th.equal(p, start[n])}
+    learned = {n for n, p in model.policy.lm.named_parameters() if p.requires_grad}
+    assert abs(kl) < 1e-6 and changed and changed <= learned < set(start)
+    assert not any("embed" in n or ".0." in n for n in changed)
+
+
+def test_a_reader_reads_every_family(family) -> None:
+    lm = tiny(family)
+    reader, rows = LMReader(lm, V, "cpu"), rows_of(family, n=3)
+    for _ in range(4):
+        found = reader.log_probs(rows.ids)
+        expected = np.stack([plain_logits(lm, row).log_softmax(0).numpy() for row in rows.ids])
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        rows.step()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mamba"])
+def test_a_checkpoint_goes_on_as_if_nothing_had_been(name, tmp_path) -> None:
+    model = make_model(lm=tiny(name, 9), env=env_of(name), kl_coef=0.1)
+    model.learn(64)
+    model.save(tmp_path / "half")
+    model.learn(64, reset_num_timesteps=False)
+    again = TokenPPO.load(tmp_path / "half", env=env_of(name))
+    again.learn(64, reset_num_timesteps=False)
+    for (part, expected), (_, found) in zip(
+        model.policy.named_parameters(), again.policy.named_parameters(), strict=True
+    ):
+        assert th.equal(expected, found), part
+
+
+# ------------------------------------------------------------------------- what is special
+
+
+def test_capping_is_found_by_trying() -> None:
+    assert find_capping(tiny("llama")) == (1.0, None)
+    scale, cap = find_capping(tiny("gemma2"))
+    assert (scale, round(cap, 5)) == (1.0, 3.0)
+    assert find_capping(tiny("cohere")) == (0.25, None)
+
+
+def test_gradients_through_a_cap_are_autograds(family) -> None:
+    if family not in ("gemma2", "cohere"):
+        pytest.skip("it neither caps nor scales")
+    for frozen in (False, True):
+        model = make_model(
+            lm=tiny(family, 9), policy_kwargs={"temperature": 0.7}, n_steps=8, kl_coef=0
+        )
+        policy = model.policy
+        policy.lm.get_output_embeddings().weight.requires_grad_(not frozen)
+        model.learn(1)
+        batch = next(model.rollout_buffer.get(10**6))
+        learns = [p for p in policy.lm.parameters() if p.requires_grad]
+        _, log_prob, entropy = policy.evaluate(batch.observations, batch.actions)
+        found = th.autograd.grad(log_prob.sum() + 0.3 * entropy.sum(), learns)
+        ids, row, position = batch.observations[:3]
+        logits = policy.lm(input_ids=ids.clamp(min=0)).logits[row, position] / 0.7
+        log_p = logits.masked_fill(~policy.allowed_tokens, -1e9).log_softmax(1)
+        loss = log_p.gather(1, batch.actions[:, None]).sum() - 0.3 * (log_p.exp() * log_p).sum()
+        for a, b in zip(found, th.autograd.grad(loss, learns), strict=True):
+            th.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    config = tf.BertConfig(
+        vocab_size=V,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
+    with pytest.raises(ValueError, match="is_decoder=True"):
+        load_lm(config, V)

@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from agents.checks import Verdict
     from agents.tuning import Objective, TrialCallback
     from reward_models import LearnedRewardModel, RewardEnsemble
+    from reward_models.ensemble import EnsembleReport
     from reward_models.feedback import FeedbackStore, Task
+    from reward_models.learned import FitReport
     from text_env import TextVecEnv
 
 Scorer = Callable[[Sequence[str], Sequence[str]], "np.ndarray"]
@@ -316,7 +318,8 @@ class Annotate(Writing):
     samples: int = 2
     """Completions per prompt, of each policy."""
     ensemble: Path | None = None
-    """Reward models, as `reward --members` makes them: what they differ on is asked first."""
+    """Reward models, as `reward --members` makes them: what they differ on is asked first, of the
+    tasks that are there already too."""
     overlap_share: float = 0.1
     """Share of the tasks that several people are asked, to see how far they agree."""
     overlap_annotators: int = 3
@@ -385,6 +388,31 @@ class Forget:
     """As at sign-in, or the pseudonym."""
     store: Path | None = None
     """Where they are. None: the run's feedback.sqlite."""
+
+
+@dataclass
+class Worth:
+    """How good a reward model gets with the number of answers."""
+
+    kind: Literal["comparison", "rating", "label"] | None = None
+    """Answers of this kind. None: of which there are most."""
+    least_gain: float = 0.01
+    """What twice as many answers must bring to be worth it, in accuracy, or in correlation with
+    ratings."""
+    model: str = Reward.model
+    """What every fit starts from: a folder, a hub id, or minilm."""
+    held_out: float = 0.2
+    """Share of the texts that all fits are measured on."""
+    repeats: int = 2
+    """Fits for each number of answers."""
+    epochs: float = Reward.epochs
+    """Passes over the answers."""
+    batch_size: int = 16
+    """Records per update."""
+    learning_rate: float = Reward.learning_rate
+    """Highest learning rate."""
+    store: Path | None = None
+    """Where the answers are. None: the run's feedback.sqlite."""
 
 
 @dataclass
@@ -566,9 +594,23 @@ def reward(common: Common, settings: Reward) -> None:
             model.save(made / name)
             facts[name] = asdict(report)
             say(f"{name}: {agreement(facts[name])}")
+            if name == "reward_model":
+                draw_calibration(report, made / "calibration.png")
+        if not (made / "calibration.png").exists():  # an earlier one is of another model
+            (folder_of(common) / "calibration.png").unlink(missing_ok=True)
         if settings.feedback is None:
             facts["people"] = human_agreement()
             say(PEOPLE.format(**facts["people"]))
+
+
+def draw_calibration(report: "FitReport | EnsembleReport", path: Path) -> None:
+    """Draw how far predicted shares are people's, where choices were held out."""
+    from reward_models.plots import plot_calibration
+
+    kinds = ("comparisons", "labels")
+    parts = {kind: part for kind in kinds if (part := getattr(report.held_out, kind, None))}
+    if parts:
+        plot_calibration(parts, path)
 
 
 def ppo(common: Common, settings: PPO) -> None:
@@ -1161,11 +1203,10 @@ def annotate(common: Common, settings: Annotate) -> None:
             tasks = tasks_to_ask(common, settings)
             overlap = (settings.overlap_share, settings.overlap_annotators)
             say(f"{store.add(tasks, *overlap)} new tasks")
-        elif settings.ensemble is not None:
-            raise ValueError(
-                "expected tasks, policy or prompts beside ensemble, which puts new tasks in order: "
-                f"{file} has some already"
-            )
+        if settings.ensemble is not None:
+            waiting = with_uncertainty(common, store.unanswered(), settings.ensemble)
+            store.add(waiting)  # they are there: it is told how uncertain each is
+            say(f"{len(waiting)} tasks without all their answers put in order, the disputed first")
         if settings.terminal:
             here = settings.annotator or getpass.getuser()
             account = accounts.find(here) or accounts.create(here)
@@ -1224,8 +1265,6 @@ def tasks_to_ask(common: Common, settings: Annotate) -> "list[Task]":
         else:
             theirs = samples_of(common, settings, settings.against, prompts, settings.samples)
             tasks = tasks_side_by_side(mine, theirs, (policy, settings.against))
-    if settings.ensemble is not None:
-        tasks = with_uncertainty(common, tasks, settings.ensemble)
     return tasks
 
 
@@ -1239,13 +1278,14 @@ def with_uncertainty(common: Common, tasks: "list[Task]", ensemble: Path) -> "li
     from reward_models import RewardEnsemble
 
     model = RewardEnsemble.load(ensemble, device_of(common))
-    prompts = [task.prompt for task in tasks]
-    sides = [list(side) for side in zip(*(task.completions for task in tasks), strict=True)]
-    measure: Any = model.pair_uncertainty if len(sides) == 2 else model.spread
-    return [
-        replace(t, uncertainty=float(u))
-        for t, u in zip(tasks, measure(prompts, *sides), strict=True)
-    ]
+    said: list[Task] = []
+    for n_texts, measure in ((1, model.spread), (2, model.pair_uncertainty)):
+        some = [task for task in tasks if len(task.completions) == n_texts]
+        if some:
+            sides = map(list, zip(*(task.completions for task in some), strict=True))
+            found: Any = measure([task.prompt for task in some], *sides)
+            said += [replace(t, uncertainty=float(u)) for t, u in zip(some, found, strict=True)]
+    return said
 
 
 def store_file(common: Common, given: Path | None, there: bool = False) -> Path:
@@ -1314,6 +1354,58 @@ def forget(common: Common, settings: Forget) -> None:
         kept = [record for record in records if record.annotator != pseudonym]
         if len(kept) < len(records):
             say(f"{len(records) - len(kept)} of them were in {write_feedback(written, kept)} too")
+
+
+def worth(common: Common, settings: Worth) -> None:
+    """Say how many more answers are worth it; leaves learning-curve.png and learning-curve.json.
+
+    Reward models are fitted on an eighth, a quarter, half and all of the answers, measured on the
+    same held-out ones, and the curve is continued.
+    """
+    from collections import Counter
+
+    from reward_models import LearnedRewardModel
+    from reward_models.feedback import FeedbackStore
+    from reward_models.fitting import split
+    from reward_models.learning_curve import in_words, learning_curve
+    from reward_models.plots import plot_learning_curve
+
+    set_up(common)
+    with FeedbackStore(store_file(common, settings.store, there=True)) as store:
+        kinds = Counter(answer.task.kind for answer in store.answers())
+        kind = settings.kind or (kinds.most_common(1)[0][0] if kinds else None)
+        records = store.export(kind)
+    learned, held_out = split(records, settings.held_out, common.seed)
+    if len(learned) < LEAST_ANSWERS:
+        raise ValueError(
+            f"expected {LEAST_ANSWERS} {kind or 'answer'}s or more to learn from, for a curve, got "
+            f"{len(learned)} and {len(held_out)} held out"
+        )
+    base, bar = named_model(settings.model), progress(4, "fitting")
+    curve = learning_curve(
+        lambda seed: LearnedRewardModel.from_pretrained(base, device_of(common), seed=seed),
+        learned,
+        held_out,
+        [len(learned) // part for part in (8, 4, 2, 1)],
+        f"{kind}s",
+        settings.repeats,
+        common.seed,
+        on_point=lambda _: bar.update(),
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+    )
+    bar.close()
+    said = in_words(curve, len(records), settings.least_gain)
+    folder = folder_of(common)
+    plot_learning_curve(curve, folder / "learning-curve.png")
+    facts = {"answers": len(records), "least_gain": settings.least_gain, "said": said}
+    write_text(folder / "learning-curve.json", json.dumps(facts | asdict(curve), indent=1))
+    say(said)
+
+
+LEAST_ANSWERS = 32
+"""So many to learn from, for a curve: its first point has an eighth of them."""
 
 
 def compare(common: Common, settings: Compare) -> None:
@@ -1808,7 +1900,7 @@ def is_done(common: Common, name: str) -> bool:
 
 MAKES = {
     "sft": ("sft",),
-    "reward": ("reward_model", "judge"),
+    "reward": ("reward_model", "judge", "calibration.png"),
     "ppo": (
         "policy",
         "metrics.jsonl",
@@ -2233,6 +2325,7 @@ def write_report(
         measures_table(facts["measures"]),
         "![curves](curves.png)" if rows else "",
         *doctor_section,
+        people_section(folder),
         "## Samples",
         samples_table(shown, {name: scores[name][key] for name in shown}, key, settings.n_samples),
         "## Stages",
@@ -2240,6 +2333,25 @@ def write_report(
     ]
     with atomic_file(made / "report.md") as file:
         file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def people_section(folder: Path) -> str:
+    """Say how the reward model agrees with each annotator and source, as Markdown.
+
+    "" where there is one of each at most, and no picture of its calibration.
+    """
+    from reward_models.tables import groups_table
+
+    file = folder / "stages" / "reward.json"
+    facts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    held_out = facts.get("reward_model", {}).get("held_out") or {}
+    drawn = (folder / "calibration.png").exists()
+    parts = [
+        groups_table(held_out.get("annotators", {}), "annotator"),
+        groups_table(held_out.get("origins", {}), "source"),
+        "![calibration](calibration.png)" if drawn else "",
+    ]
+    return "\n\n".join(["## The reward model and people"] * any(parts) + [p for p in parts if p])
 
 
 def notes(facts: dict[str, Any], groups: dict[str, Episodes]) -> str:
@@ -2353,6 +2465,7 @@ STAGES: dict[str, tuple[Callable[..., int | None], type]] = {
     "feedback import": (import_answers, Import),
     "feedback export": (export_answers, Export),
     "feedback forget": (forget, Forget),
+    "feedback worth": (worth, Worth),
     "compare": (compare, Compare),
     "loop": (loop, Loop),
     "tune": (tune, Tune),

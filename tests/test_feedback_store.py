@@ -1,6 +1,7 @@
 """The store: assignment, answers as shown and as kept, undo, and forgetting."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -346,3 +347,17 @@ def test_a_task_passed_over_waits_for_whoever_is_at_work(store: FeedbackStore) -
     store.add(comparisons(4, origins=("round-1", "round-1")), 0.0)
     store.skip(store.next_task("ann").id, "ann")
     assert store.count_open("round-1", 1) == (4, 2)  # ben has not seen it
+
+
+def test_the_unanswered_can_be_put_in_another_order(store: FeedbackStore) -> None:
+    store.add(comparisons(6), 0.0)
+    answered = store.next_task("ann")
+    store.answer(answered.id, "ann", "left")
+    skipped = store.next_task("ann")
+    store.skip(skipped.id, "ann")
+    waiting = store.unanswered()
+    assert {task.prompt for task in waiting} == {f"p{i}" for i in range(6)} - {answered.task.prompt}
+    assert store.add([replace(t, uncertainty=float(t.prompt[1:])) for t in waiting]) == 0
+    given = [assignment.task.prompt for assignment in give_all(store, "ben")]
+    assert given == sorted((task.prompt for task in waiting), reverse=True)
+    assert store.unanswered() == []

@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from test_train_resume import stop_in
 import reward_models
 import train
 from reward_models import read_feedback
-from reward_models.feedback import Accounts, FeedbackStore
+from reward_models.feedback import Accounts, FeedbackStore, Task
 
 ROOT = Path(train.__file__).parent
 
@@ -81,10 +82,17 @@ def test_two_policies_side_by_side_the_disputed_first(run, own, monkeypatch, cap
     assert command(line + f"--ensemble {run}/more/reward_model", run) == 0
     with FeedbackStore(run / "feedback.sqlite") as store:
         tasks = [store.next_task("somebody").task]
-    assert set(tasks[0].origins) == {f"{run}/policy", f"{run}/sft"}
-    assert 0 < tasks[0].uncertainty <= 0.5
-    assert command(f"annotate --terminal true --ensemble {run}/more/reward_model", run) == 1
-    assert "expected tasks, policy or prompts beside ensemble" in capsys.readouterr().err
+        assert set(tasks[0].origins) == {f"{run}/policy", f"{run}/sft"}
+        assert 0 < tasks[0].uncertainty <= 0.5
+        undisputed = [replace(task, uncertainty=0.0) for task in store.unanswered()]
+        store.add([*undisputed, Task("rating", "The film", (" is good",))])
+    capsys.readouterr()
+    assert command(f"annotate --terminal true --ensemble {run}/more/reward_model", run) == 0
+    assert f"{len(undisputed) + 1} tasks without all their answers put in order" in (
+        capsys.readouterr().out
+    )
+    with FeedbackStore(run / "feedback.sqlite") as store:
+        assert all(task.uncertainty > 0 for task in store.unanswered())
 
 
 def test_two_policies_are_compared_and_not_rated(run, capsys) -> None:
@@ -102,6 +110,54 @@ def test_ratings_as_a_table(run, capsys) -> None:
     assert not (run / "other.csv").exists()
     assert command(f"feedback export {run}/none.csv --store {run}/no.sqlite", run) == 1
     assert "`python train.py annotate` or `feedback import` makes" in capsys.readouterr().err
+
+
+def chosen(n: int) -> str:
+    """Comparisons by two people of pairs that differ in one word, as JSON lines."""
+    rows = (
+        {
+            "prompt": f"Film number {i}",
+            "chosen": " is good",
+            "rejected": " is bad",
+            "annotator": ("ann", "ben")[i % 2],
+            "origin": "us",
+        }
+        for i in range(n)
+    )
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_how_many_more_answers_are_worth_it(own, tmp_path, capsys) -> None:  # noqa: F811
+    (tmp_path / "answers.jsonl").write_text(chosen(50))
+    assert command(f"feedback import {tmp_path}/answers.jsonl", tmp_path) == 0
+    line = f"feedback worth --model {own}/encoder --epochs 1 --repeats 1"
+    assert command(line + " --held_out 0.5", tmp_path) == 1
+    assert "expected 32 comparisons or more to learn from" in capsys.readouterr().err
+    assert command(line, tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "50 answers: accuracy" in said and "on 10 held-out comparisons" in said
+    assert "worth it" in said
+    found = json.loads((tmp_path / "learning-curve.json").read_text())
+    assert [point["answers"] for point in found["points"]] == [5, 10, 20, 40]
+    assert found["said"] in said
+    assert (tmp_path / "learning-curve.png").stat().st_size > 5000
+
+
+def test_the_reward_model_says_how_it_agrees_with_whom(own, tmp_path) -> None:  # noqa: F811
+    (tmp_path / "answers.jsonl").write_text(chosen(40))
+    line = f"reward --model {own}/encoder --held_out 0.4 --epochs 1 --feedback"
+    assert command(f"{line} {tmp_path}/answers.jsonl", tmp_path) == 0
+    assert (tmp_path / "calibration.png").stat().st_size > 5000
+    facts = json.loads((tmp_path / "stages" / "reward.json").read_text())
+    groups = facts["reward_model"]["held_out"]["annotators"]
+    assert sum(group["choices"] for group in groups.values()) == 16
+    said = train.people_section(tmp_path)
+    assert said.startswith("## The reward model and people\n\n| annotator |")
+    assert "| ann | " in said and "| ben | " in said and "calibration.png" in said
+    assert "source" not in said  # there is one
+    assert command(f"{line} {own}/feedback.jsonl --overwrite true", tmp_path) == 0
+    assert not (tmp_path / "calibration.png").exists()  # of ratings there is none
+    assert train.people_section(tmp_path) == ""
 
 
 def test_the_page_is_served_and_ends_with_ctrl_c(run, own) -> None:  # noqa: F811
@@ -263,7 +319,7 @@ def test_a_loop_goes_on_with_the_settings_it_began_with(own, tmp_path, capsys, m
     assert (tmp_path / "config-loop.yaml").read_text() == config
     assert command("loop --rounds 3 --threads 1", tmp_path) == 0
     assert [settings.rounds for settings in done] == [1, 3]
-    assert done[1] == train.replace(done[0], rounds=3)
+    assert done[1] == replace(done[0], rounds=3)
 
 
 @pytest.mark.slow

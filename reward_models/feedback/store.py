@@ -22,6 +22,7 @@ from reward_models.feedback.records import Feedback
 from reward_models.feedback.rows import (
     as_answer,
     as_assignment,
+    as_task,
     check_annotator,
     finish,
     insert_task,
@@ -258,6 +259,15 @@ class FeedbackStore:
         """
         with self._database.reading() as connection:
             return count_open(connection, origin, most)
+
+    def unanswered(self) -> list[Task]:
+        """Tasks that lack an answer still, in no particular order."""
+        with self._database.reading() as connection:
+            rows = connection.execute(
+                "SELECT * FROM tasks WHERE wanted > (SELECT count(answer) FROM assignments "
+                "WHERE task = tasks.id)"
+            ).fetchall()
+        return [as_task(row) for row in rows]
 
     def answers(self) -> list[Answer]:
         """Every answer, the oldest first; skipped tasks are not among them."""

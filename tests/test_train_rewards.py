@@ -45,7 +45,8 @@ def finished(task, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("run") / "a"
     line = (
         f"run --run {run} {COMMON} --sft.model {task}/small.json "
-        f"--sft.texts {task}/questions.jsonl --sft.trainable_layers null --sft.max_steps 4 --sft.batch_size 8 "
+        f"--sft.texts {task}/questions.jsonl --sft.trainable_layers null "
+        "--sft.max_steps 4 --sft.batch_size 8 "
         f"--ppo.prompts {task}/questions.jsonl --ppo.max_new_tokens 6 --ppo.min_new_tokens 0 "
         "--ppo.n_envs 8 --ppo.total_timesteps 96 --ppo.trainable_layers null "
         f"--evaluate.prompts {task}/questions.jsonl --evaluate.n_prompts 6 --evaluate.best_of 1"

@@ -48,12 +48,13 @@ if TYPE_CHECKING:
     from agents.tuning import Objective, TrialCallback
     from reward_models import LearnedRewardModel, RewardEnsemble
     from reward_models.ensemble import EnsembleReport
-    from reward_models.feedback import FeedbackStore, Task
+    from reward_models.feedback import Feedback, FeedbackStore, Task
     from reward_models.learned import FitReport
     from text_env import TextVecEnv
 
-Scorer = Callable[[Sequence[str], Sequence[str]], "np.ndarray"]
 Episodes = list[dict[str, Any]]
+Terms = dict[str, Any] | str | None
+"""What settings say of a reward: terms by name, one name, or nothing, which is `learned`."""
 
 # ------------------------------------------------------------------------------- settings
 
@@ -75,6 +76,9 @@ class Common:
     What learns, the head and log-probabilities are float32 either way."""
     overwrite: bool = False
     """Replace results of an earlier run of the stage."""
+    data: Literal["movies", "chinese-reviews"] = "movies"
+    """Where a new run takes what it is not given from: movie sentences rated by people, or Chinese
+    reviews labelled good or bad; either is fetched once."""
 
 
 @dataclass
@@ -82,11 +86,14 @@ class SFT:
     """Supervised warm start: the language model learns the kind of text it is to write."""
 
     model: str = "smollm2"
-    """The causal LM to start from: a folder, a hub id, or smollm2 (SmolLM2-135M, fetched once)."""
+    """The causal LM to start from: a folder, a hub id, or smollm2 (SmolLM2-135M, fetched once); or
+    a model's config (.json), to begin with random weights and a tokenizer learned from the texts,
+    of at most as many tokens as the config's vocabulary has."""
     texts: Path | None = None
-    """Texts to learn from, one per line (.txt), or with a key or column `text` (.jsonl, .csv)."""
+    """Texts to learn from, one per line (.txt), or with a key or column `text` (.jsonl, .csv); or
+    with `prompt` and `completion`, or `prompt` and `reference`, where the prompt is only read."""
     max_tokens: int = 48
-    """Longer texts are cut there."""
+    """Longer texts, with their prompts, are cut there."""
     epochs: float = 1.0
     """Passes over the texts."""
     max_steps: int | None = 64
@@ -104,7 +111,8 @@ class Reward:
     """Reward model and judge, each learned from its own part of the human feedback."""
 
     model: str = "minilm"
-    """What both start from: a folder, a hub id, or minilm (MiniLM-L6, fetched once)."""
+    """What both start from: a folder, a hub id, minilm (MiniLM-L6, fetched once), or sft, the run's
+    own warm start."""
     members: int = 1
     """More than one: the reward is an ensemble of so many models, their mean less their spread."""
     ties: Literal["half", "rao-kupper"] = "half"
@@ -140,6 +148,10 @@ class PPO:
     """The LM that the policy is held to. None: the policy as it is at the start."""
     reward_model: str | None = None
     """A folder or hub id of a sequence classifier with one label. None: the run's."""
+    reward: Terms = None
+    """What is paid, if not the reward model's score alone: terms with their weights, such as
+    {learned: 0.5, rougeL: 1, length: {weight: 0.1, high: 30}} (docs/recipes.md lists them), or one
+    term; a function of your own is module:name."""
     prompts: Path | None = None
     """Training prompts (.txt, .jsonl, .csv). None: the run's."""
     vocabulary: Path | None = None
@@ -242,6 +254,10 @@ class Evaluate(Writing):
     """What it is compared with, and the KL is measured to. None: the run's sft/."""
     reward_model: str | None = None
     """None: the run's reward_model/."""
+    reward: Terms = None
+    """As for ppo. None: as the policy was trained."""
+    metrics: list[str] = field(default_factory=list)
+    """Terms that are measured beside the reward's, such as [exact, chrf]."""
     judge: str | None = None
     """None: the run's judge/, if there is one."""
     best_of: int = 4
@@ -258,9 +274,9 @@ class Check:
     """The causal LM to train: a folder, a hub id, or smollm2. None: the run's sft/."""
     tokenizer: str | None = None
     """Its tokenizer: a folder or hub id. None: the model's own."""
-    reward: str | None = None
-    """A reward model's folder or hub id, or a function as module:name. None: the run's
-    reward_model/, if there is one."""
+    reward: Terms = None
+    """A reward model's folder or hub id, a function as module:name, or terms as for ppo. None: the
+    run's reward_model/, if there is one."""
     prompts: Path | None = None
     """Prompts (.txt, .jsonl, .csv). None: a few English ones."""
     vocabulary: Path | None = None
@@ -505,7 +521,9 @@ def run(common: Common, settings: Run) -> None:
     require_files(settings)  # now, not when the stage that reads them begins
     say(f"Run folder: {common.run}")
     on_first_process(sft, common, settings.sft)
-    on_first_process(reward, common, settings.reward)
+    given = settings.ppo.prompts is None or settings.reward.feedback is not None
+    if given or "learned" in by_name(settings.ppo.reward):  # not for metrics of a task of one's own
+        on_first_process(reward, common, settings.reward)
     ppo(common, settings.ppo)
     on_first_process(evaluate, common, settings.evaluate)
     say(f"The whole run took {time.time() - start:.0f} s.")
@@ -513,18 +531,24 @@ def run(common: Common, settings: Run) -> None:
 
 def sft(common: Common, settings: SFT) -> None:
     """Warm-start a causal LM on texts; leaves the folder sft."""
-    from agents.language_model import load_named
+    from agents.language_model import build_lm, load_named
     from agents.saving import replaced_folder
     from agents.sft import warm_start
-    from text_env.prompts import load_texts
+    from text_env.own_tokenizer import learn_tokenizer
+    from text_env.prompts import load_examples
     from text_env.vocabulary import load_tokenizer
 
     with stage(common, "sft") as (facts, made):
-        texts = load_texts(settings.texts or data(common) / "language.jsonl")
-        model = named_model(settings.model)
-        tokenizer, lm = load_tokenizer(model), load_named(model).to(device_of(common))
+        texts = load_examples(settings.texts or data(common) / "language.jsonl")
+        if settings.model.endswith(".json"):
+            config = json.loads(Path(settings.model).read_text(encoding="utf-8"))
+            tokenizer = learn_tokenizer(map("".join, texts), config["vocab_size"])
+            lm = build_lm(settings.model, tokenizer)
+        else:
+            model = named_model(settings.model)
+            tokenizer, lm = load_tokenizer(model), load_named(model)
         report = warm_start(
-            lm,
+            lm.to(device_of(common)),
             tokenizer,
             texts,
             max_tokens=settings.max_tokens,
@@ -568,6 +592,8 @@ def reward(common: Common, settings: Reward) -> None:
             records = feedback[name]
             start = {"device": device_of(common), "seed": seed}
             base = named_model(settings.model)
+            if settings.model == "sft":
+                base = str(left_by("sft", folder_of(common) / "sft"))
             model: LearnedRewardModel | RewardEnsemble
             if name == "reward_model" and settings.members > 1:
                 model = RewardEnsemble.from_pretrained(base, settings.members, **start)
@@ -598,7 +624,7 @@ def reward(common: Common, settings: Reward) -> None:
                 draw_calibration(report, made / "calibration.png")
         if not (made / "calibration.png").exists():  # an earlier one is of another model
             (folder_of(common) / "calibration.png").unlink(missing_ok=True)
-        if settings.feedback is None:
+        if settings.feedback is None and source_of(common) == "movies":
             facts["people"] = human_agreement()
             say(PEOPLE.format(**facts["people"]))
 
@@ -638,7 +664,7 @@ def train_policy(common: Common, settings: PPO) -> None:
         ranks,
     )
     from agents.checkpoint_callback import cut_back
-    from reward_models import LearnedRewardModel, load_reward_model
+    from reward_models import LearnedRewardModel
     from text_env.vocabulary import fingerprint, load_tokenizer
 
     if settings.shard and settings.lora_rank is not None:
@@ -659,8 +685,8 @@ def train_policy(common: Common, settings: PPO) -> None:
     folder = folder_of(common)
     with stage(common, "ppo", go_on=checkpoint is not None) as (facts, made):
         policy = settings.policy or str(left_by("sft", folder / "sft"))
-        reward_model = settings.reward_model or left_by("reward", folder / "reward_model")
         tokenizer = load_tokenizer(policy)
+        facts["reward"] = settings.reward
         vocabulary = settings.vocabulary
         if vocabulary is None and settings.prompts is None:
             vocabulary = data(common) / "language.jsonl"
@@ -677,12 +703,12 @@ def train_policy(common: Common, settings: PPO) -> None:
             tokenizer,
             prompts,
             vocabulary,
-            load_reward_model(reward_model, device_of(common)),
+            reward_function(common, settings.reward, settings.reward_model),
             n_processes,
         )
         same = {
             "policy": digest_of(policy),
-            "reward model": digest_of(reward_model),
+            "reward model": digest_of_reward(common, settings),
             "tokenizer": fingerprint(tokenizer),
             f"prompts of {Path(prompts).name}": env.task.prompts.fingerprint(),
             "judge": digest_of(folder / "judge") if (folder / "judge").exists() else None,
@@ -938,6 +964,14 @@ def digest_of(source: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def digest_of_reward(common: Common, settings: PPO) -> str:
+    """Return a digest of the reward: its terms, and the reward model if it is one of them."""
+    digest = [] if settings.reward is None else [json.dumps(settings.reward)]
+    if "learned" in by_name(settings.reward):
+        digest.append(digest_of(settings.reward_model or folder_of(common) / "reward_model"))
+    return " ".join(digest)
+
+
 def appending(path: Path) -> "KVWriter":
     """Return SB3's writer of JSON lines, which goes on with a file rather than empty it."""
     from stable_baselines3.common.logger import JSONOutputFormat
@@ -959,44 +993,76 @@ def lora_of(settings: PPO) -> dict[str, float] | None:
 
 def evaluate(common: Common, settings: Evaluate) -> None:
     """Compare policy and warm start on test prompts; leaves report.md and its pictures."""
-    import numpy as np
-
-    from reward_models import LearnedRewardModel, LexiconSentiment, load_reward_model
+    from agents.language_model import load_named
+    from agents.likelihood import LogLikelihood
+    from reward_models import LearnedRewardModel, LexiconSentiment
     from reward_models.assets import sentiment_lexicon
     from reward_models.evaluation import mean_interval
-    from reward_models.measures import measures
+    from reward_models.measures import LIKELIHOOD, measures
     from text_env.prompts import load_prompts
+    from text_env.vocabulary import load_tokenizer
 
     folder = folder_of(common)
     with stage(common, "evaluate") as (facts, made):
         settings = as_in_ppo(folder, settings)
         reference = settings.reference or str(left_by("sft", folder / "sft"))
         policy = settings.policy or str(left_by("ppo", folder / "policy"))
-        reward_model = settings.reward_model or left_by("reward", folder / "reward_model")
         prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
-        rewarder = load_reward_model(reward_model, device_of(common))
-        scorers: dict[str, Scorer] = {"score": rewarder.score}
+        rewarder = reward_function(common, settings.reward, settings.reward_model)
+        facts["reward"] = settings.reward
+        scorers: dict[str, Callable[..., Any]] = {"score": rewarder}
+        if settings.metrics:
+            beside = reward_function(
+                common, dict.fromkeys(settings.metrics, 0.0), settings.reward_model
+            )
+            scorers |= dict(zip(beside.names, (term for term, _ in beside.terms), strict=True))
         if settings.judge or (folder / "judge").exists():
             judge = LearnedRewardModel.load(settings.judge or folder / "judge", device_of(common))
-            scorers["judge"] = judge.human_scale
+            scorers["judge"] = lambda prompts, completions, **_: judge.human_scale(
+                prompts, completions
+            )
             facts["judge_scale"] = judge.scale
-        if settings.prompts is None:  # an English lexicon, for our own English prompts
-            lexicon = LexiconSentiment(sentiment_lexicon())
-            scorers["lexicon"] = lambda p, c: np.asarray(lexicon(prompts=p, completions=c))
+        if settings.prompts is None and source_of(common) == "movies":  # the lexicon is English
+            scorers["lexicon"] = LexiconSentiment(sentiment_lexicon())
         groups = write_all(
             common, settings, reference, policy, rewarder, prompts[: settings.n_prompts]
         )
-        scores = {
-            name: {key: score(*texts_of(group)) for key, score in scorers.items()}
-            for name, group in groups.items()
-        }
+        give_back_memory()
+        tokenizer, lm = load_tokenizer(reference), load_named(reference).to(device_of(common))
+        if tokenizer.eos_token_id is not None:
+            scorers[LIKELIHOOD] = LogLikelihood(lm, tokenizer, dtype_of(common))
+        columns = sorted(set(prompts[0]) - {"prompt"})
+        scores = {name: scores_of(group, columns, scorers) for name, group in groups.items()}
         facts["measures"] = {name: measures(groups[name], scores[name]) for name in groups}
         facts["gain"] = {
-            key: mean_interval(scores[POLICY][key] - scores[WARM_START][key]) for key in scorers
+            key: mean_interval(scores[POLICY][key] - scores[WARM_START][key])
+            for key in scores[POLICY]
         }
         write_report(folder, made, facts, groups, scores, settings)
     say(summary(facts))
     say(f"Report: {folder / 'report.md'}")
+
+
+def scores_of(
+    episodes: Episodes, columns: list[str], scorers: dict[str, Callable[..., Any]]
+) -> "dict[str, np.ndarray]":
+    """Score a writer's texts by all scorers, and by the terms of one that has several."""
+    import numpy as np
+
+    from reward_models import WeightedSum
+
+    prompts, completions = texts_of(episodes)
+    given: dict[str, Any] = {"prompts": prompts, "completions": completions}
+    given |= {name: [episode[name] for episode in episodes] for name in columns}
+    found: dict[str, np.ndarray] = {}
+    for key, scorer in scorers.items():
+        if isinstance(scorer, WeightedSum):
+            parts = scorer.parts(**given)
+            found[key] = scorer.total(parts)
+            found |= dict(zip(scorer.names, parts, strict=True))
+        elif key not in found:
+            found[key] = np.asarray(scorer(**given), dtype=float)
+    return found
 
 
 def check(common: Common, settings: Check) -> int:
@@ -1148,7 +1214,7 @@ def verdicts_of_reward(
         yield checks.Verdict("reward", "look", "not checked: there is none; give it as --reward")
         return
     try:
-        reward_fn = named_reward(common, reward)
+        reward_fn = reward_function(common, reward, None)
     except Exception as error:  # whatever a user's module does when imported
         reason = " ".join(str(error).split())
         yield checks.Verdict("reward", "wrong", f"cannot be loaded from {reward!r}: {reason}")
@@ -1163,16 +1229,58 @@ def verdicts_of_reward(
         yield checks.attempt(name, look, reward_fn, *texts, further)
 
 
+def by_name(terms: Terms) -> dict[str, Any]:
+    """Return a reward's terms by name."""
+    return terms if isinstance(terms, dict) else {terms or "learned": 1.0}
+
+
+def reward_function(common: Common, terms: Terms, reward_model: str | None) -> Callable[..., Any]:
+    """Return the reward function that settings ask for.
+
+    Args:
+        common: Whose run has the reward model and the warm start that terms may mean.
+        terms: As in `PPO.reward`.
+        reward_model: Folder or hub id of what `learned` means; None: the run's.
+    """
+    from agents.language_model import load_named
+    from agents.likelihood import LogLikelihood
+    from reward_models import load_reward_model, weighted_sum
+    from reward_models.composed import TERMS
+    from text_env.vocabulary import load_tokenizer
+
+    def other(name: str) -> Callable[..., Any]:
+        if name == "learned":
+            learned = reward_model or left_by("reward", folder_of(common) / "reward_model")
+            return load_reward_model(learned, device_of(common))
+        if name == "likelihood":
+            sft = str(left_by("sft", folder_of(common) / "sft"))
+            lm = load_named(sft).to(device_of(common))
+            return LogLikelihood(lm, load_tokenizer(sft), dtype_of(common))
+        return named_reward(common, name)
+
+    if not isinstance(terms, dict) and (terms or "learned") not in TERMS:
+        return other(terms or "learned")  # as it is, whatever it returns
+    return weighted_sum(by_name(terms), other)
+
+
 def named_reward(common: Common, name: str) -> Callable[..., Any]:
     """Return a reward model from a folder or hub id, or a function from module:name."""
     from reward_models import load_reward_model
+    from reward_models.composed import TERMS
     from text_env.scoring import load_reward
 
     if ":" in name and not Path(name).exists():
         if os.getcwd() not in sys.path:  # where a user's module would be looked for
             sys.path.append(os.getcwd())
         return load_reward(name)
-    return load_reward_model(name, device_of(common))
+    try:
+        return load_reward_model(name, device_of(common))
+    except OSError as error:
+        known = ", ".join([*TERMS, "learned", "likelihood"])
+        raise ValueError(
+            f"{name}: expected one of {known}, a function as module:name, or the folder or hub id "
+            f"of a reward model ({str(error).partition(chr(10))[0]})"
+        ) from error
 
 
 def in_columns(level: str, name: str, said: str) -> str:
@@ -1624,7 +1732,7 @@ def tune(common: Common, settings: Tune) -> None:
         "seed": common.seed,
         "judge": digest_of(judge_folder),
         "policy": digest_of(chosen.policy or ""),
-        "reward model": digest_of(chosen.reward_model or ""),
+        "reward model": digest_of_reward(common, chosen),
         **{name: getattr(settings, name) for name in MEASURING},
     }
     objective = tuning.Objective(settings.kl_budget, settings.kl_weight)
@@ -1703,13 +1811,12 @@ def train_trial(
     from agents.language_model import Reference, load_named
     from agents.tuning import Measured, TrialCallback
     from agents.writing import write_episodes
-    from reward_models import load_reward_model
     from text_env.prompts import load_prompts
     from text_env.vocabulary import load_tokenizer
 
-    assert settings.policy and settings.reward_model and settings.prompts
+    assert settings.policy and settings.prompts
     set_up(common)
-    reward_fn = load_reward_model(settings.reward_model, device_of(common))
+    reward_fn = reward_function(common, settings.reward, settings.reward_model)
     env = training_env(
         common,
         settings,
@@ -1769,48 +1876,70 @@ def write_tuning(settings: Tune, folder: Path, study: "Study", objective: "Objec
 
 # -------------------------------------------------------------------- data, folders, models
 
-SHARES = {"language": 0.31, "reward_model": 0.32, "judge": 0.32, "test": 0.05}
-"""How the movie sentences are split."""
-PROMPT_WORDS = 4
-"""Words of a sentence that are given as a prompt."""
+SHARES = {
+    "movies": {"language": 0.31, "reward_model": 0.32, "judge": 0.32, "test": 0.05},
+    "chinese-reviews": {"language": 0.54, "reward_model": 0.22, "judge": 0.22, "test": 0.02},
+}
+"""How the texts are split; a model that starts from nothing needs more of the language."""
+PROMPT_WORDS, PROMPT_CHARACTERS = 4, 4
+"""Words of a sentence, characters of a Chinese review, that are given as a prompt."""
 REFERENCE_TEXTS = 500
 """Texts, about, on which a reward model's scores are brought to mean 0 and SD 1."""
-LEAST_WORDS = 9
-"""Shorter sentences make no prompt: too little would be left to write."""
+LEAST_WORDS, LEAST_CHARACTERS = 9, 12
+"""Shorter texts make no prompt: too little would be left to write."""
 
 
 def data(common: Common) -> Path:
-    """Return the run's data folder; made, if need be, from the human ratings of movie sentences.
+    """Return the run's data folder; made, if need be, from what `common.data` names.
 
-    It holds language.jsonl ({"text"}), reward_model.jsonl and judge.jsonl (ratings), and
-    prompts.jsonl and test_prompts.jsonl ({"prompt"}). The sentences are split by a hash of the
-    text: none is in two parts. Training prompts are beginnings of the language part.
+    It holds language.jsonl ({"text"}), reward_model.jsonl and judge.jsonl (ratings or labels),
+    prompts.jsonl and test_prompts.jsonl ({"prompt"}), and source.json. The texts are split by a
+    hash: none is in two parts. Training prompts are beginnings of the language part.
     """
     from reward_models import write_feedback
     from reward_models.atomic import atomic_folder
-    from reward_models.human_ratings import load_human_ratings
     from text_env import split_by_hash
 
     folder = folder_of(common) / "data"
     if not folder.exists():
-        say("What is not given comes from movie sentences rated by people.")
-        rated = {tidy(item.text): item for item in load_human_ratings(("movies",))}
-        parts = split_by_hash(rated, SHARES)
+        source, (records, whence, prompts_of) = common.data, SOURCES[common.data]
+        say(f"What is not given comes from {whence}.")
+        judged = records()
+        parts = split_by_hash(judged, SHARES[source])
         test = prompts_of(parts["test"])
         with atomic_folder(folder) as made:
             write_jsonl(made / "language.jsonl", ({"text": text} for text in parts["language"]))
             for name in ("reward_model", "judge"):
-                write_feedback(
-                    made / f"{name}.jsonl",
-                    (replace(rated[text].as_feedback(), completion=text) for text in parts[name]),
-                )
+                write_feedback(made / f"{name}.jsonl", (judged[text] for text in parts[name]))
             train = dict.fromkeys(prompts_of(parts["language"]))
             for prompt in test:
                 train.pop(prompt, None)
             write_jsonl(made / "prompts.jsonl", ({"prompt": prompt} for prompt in train))
             write_jsonl(made / "test_prompts.jsonl", ({"prompt": prompt} for prompt in test))
-        say(", ".join(f"{len(texts)} {name}" for name, texts in parts.items()) + " sentences")
+            write_jsonl(made / "source.json", [{"source": source}])
+        say(", ".join(f"{len(texts)} {name}" for name, texts in parts.items()) + " texts")
     return folder
+
+
+def source_of(common: Common) -> str:
+    """Return what the run's data folder was made from, or would be."""
+    file = folder_of(common) / "data" / "source.json"
+    return json.loads(file.read_text(encoding="utf-8"))["source"] if file.exists() else common.data
+
+
+def movie_sentences() -> "dict[str, Feedback]":
+    """Return the movie sentences and what people thought of each."""
+    from reward_models.human_ratings import load_human_ratings
+
+    rated = {tidy(item.text): item for item in load_human_ratings(("movies",))}
+    return {text: replace(x.as_feedback(), completion=text) for text, x in rated.items()}
+
+
+def chinese_reviews() -> "dict[str, Feedback]":
+    """Return Chinese reviews and whether each is good."""
+    from reward_models.chinese_reviews import load_chinese_reviews
+
+    return {label.completion: label for label in load_chinese_reviews()}
 
 
 def tidy(text: str) -> str:
@@ -1818,10 +1947,23 @@ def tidy(text: str) -> str:
     return re.sub(r"\s{2,}", " - ", text.replace("''", '"')).strip()
 
 
-def prompts_of(texts: Sequence[str]) -> list[str]:
+def first_words(texts: Sequence[str]) -> list[str]:
     """Return the distinct beginnings of the longer texts, in their order."""
     words = (text.split() for text in texts)
     return list(dict.fromkeys(" ".join(w[:PROMPT_WORDS]) for w in words if len(w) >= LEAST_WORDS))
+
+
+def first_characters(texts: Sequence[str]) -> list[str]:
+    """Return the distinct beginnings of the longer texts, in their order."""
+    longer = (text for text in texts if len(text) >= LEAST_CHARACTERS)
+    return list(dict.fromkeys(text[:PROMPT_CHARACTERS] for text in longer))
+
+
+SOURCES: dict[str, tuple[Callable[[], "dict[str, Feedback]"], str, Callable[..., list[str]]]] = {
+    "movies": (movie_sentences, "movie sentences rated by people", first_words),
+    "chinese-reviews": (chinese_reviews, "Chinese reviews, good and bad", first_characters),
+}
+"""By name: the records by text, what to call them, and how prompts are made of texts."""
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -2088,13 +2230,12 @@ def human_agreement() -> dict[str, float]:
 
 def tokens_of(vocabulary: Path | None, tokenizer: "PreTrainedTokenizerBase") -> list[int] | None:
     """Return the ids of the tokens that occur in the texts of a file; None without one: all."""
-    from text_env.prompts import load_texts
+    from text_env.prompts import load_examples
 
     if vocabulary is None:
         return None
-    return sorted(
-        {token for ids in tokenizer(load_texts(vocabulary))["input_ids"] for token in ids}
-    )
+    parts = [part for x in load_examples(vocabulary) for part in ([x] if isinstance(x, str) else x)]
+    return sorted({token for ids in tokenizer(parts)["input_ids"] for token in ids})
 
 
 def warm_up_and_decay(rate: float, progress: float) -> float:
@@ -2137,7 +2278,10 @@ WritingT = TypeVar("WritingT", bound=Writing)
 def as_in_ppo(folder: Path, settings: WritingT) -> WritingT:
     """Fill in how the policy of a run was trained to write, where the settings leave it open."""
     file = folder / "stages" / "ppo.json"
-    written = json.loads(file.read_text(encoding="utf-8"))["writing"] if file.exists() else {}
+    trained = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    written = trained.get("writing", {})
+    if isinstance(settings, Evaluate) and settings.reward is None:
+        settings = replace(settings, reward=trained.get("reward"))
     fallback = {"max_new_tokens": 48, "min_new_tokens": 0, "temperature": 1.0, "vocabulary": None}
     given = {key: getattr(settings, key) for key in fallback}
     chosen = {key: value for key, value in given.items() if value is not None}
@@ -2152,7 +2296,7 @@ def write_all(
     settings: Evaluate,
     reference: str,
     policy: str,
-    rewarder: "LearnedRewardModel | RewardEnsemble",
+    rewarder: Callable[..., Any],
     prompts: list[dict[str, Any]],
 ) -> dict[str, Episodes]:
     """Let policy, warm start and baselines each continue every prompt once.
@@ -2357,6 +2501,8 @@ def people_section(folder: Path) -> str:
 def notes(facts: dict[str, Any], groups: dict[str, Episodes]) -> str:
     """Say how to read the measures that there are."""
     parts = ["All scores are of prompt and completion together."]
+    if facts["reward"] is not None:
+        parts = [f"The score is made of {shown_terms(facts['reward'])}; terms are before weights."]
     if "judge_scale" in facts:
         scale = facts["judge_scale"]
         unit = f"on the human scale, {scale[0]:g} to {scale[1]:g}" if scale else "in logits"
@@ -2365,6 +2511,12 @@ def notes(facts: dict[str, Any], groups: dict[str, Episodes]) -> str:
     if any(name.startswith("best of") for name in groups):
         parts.append("The KL of best-of-n is the bound log n - (n - 1)/n.")
     return " ".join(parts)
+
+
+def shown_terms(terms: Terms) -> str:
+    """Say which terms a reward has, with their weights."""
+    named = {k: v if isinstance(v, dict) else {"weight": v} for k, v in by_name(terms).items()}
+    return " + ".join(f"{v.get('weight', 1.0):g} × {name}" for name, v in named.items())
 
 
 def read_lines(path: Path) -> list[str]:

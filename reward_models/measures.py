@@ -5,6 +5,7 @@ A writer's texts come as episodes: dicts with `prompt`, `completion`, `n_tokens`
 """
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,10 +20,14 @@ Episodes = Sequence[Mapping[str, Any]]
 Measured = dict[str, list[float]]
 """By key, a figure with its 95 % interval: [value, low, high]."""
 
+LIKELIHOOD = "log-likelihood"
+"""The key of texts' mean log-likelihoods per token, nats, which are told as perplexity."""
+
 MEASURES = {
     "score": "score (the reward)",
     "judge": "judge",
     "lexicon": "lexicon sentiment",
+    "perplexity": "perplexity under the warm start (geometric mean of texts)",
     "ref_kl": "KL to the warm start (nats per completion)",
     "tokens": "length (tokens)",
     "ended": "ended by itself (share)",
@@ -43,6 +48,9 @@ def measures(episodes: Episodes, scores: Mapping[str, np.ndarray]) -> Measured:
     """
     texts = [episode["completion"] for episode in episodes]
     found = {key: mean_interval(values) for key, values in scores.items()}
+    if LIKELIHOOD in found:
+        mean, low, high = found.pop(LIKELIHOOD)
+        found["perplexity"] = [math.exp(-mean), math.exp(-high), math.exp(-low)]
     found["ref_kl"] = mean_interval(np.array([e["ref_kl"] for e in episodes]))
     found["tokens"] = mean_interval(np.array([e["n_tokens"] for e in episodes]))
     ended = sum(e["finish_reason"] != "length" for e in episodes)

@@ -463,6 +463,16 @@ class Tune:
     """What is not searched."""
 
 
+@dataclass
+class Chat(Writing):
+    """A conversation with a policy, at the terminal."""
+
+    run_folder: Path
+    """The run whose policy it is."""
+    policy: str | None = None
+    """Another model: folder or hub id. None: the run's policy/."""
+
+
 # ------------------------------------------------------------------------------ the stages
 
 
@@ -1095,6 +1105,70 @@ def in_columns(level: str, name: str, said: str) -> str:
     return "\n".join([f"{level:<5}  {name:<18} {lines[0]}", *(" " * 26 + x for x in lines[1:])])
 
 
+def chat(common: Common, settings: Chat) -> None:
+    """Talk with a run's policy at the terminal; it writes as it was trained to.
+
+    With a chat template in its tokenizer it is given the conversation, and without one each text of
+    yours, to go on from.
+    """
+    from agents.chat import converse
+    from reward_models.feedback.terminal import visible
+
+    set_up(common)
+    folder = settings.run_folder
+    settings = as_in_ppo(folder, settings)
+    policy = settings.policy or str(left_by("ppo", folder / "policy"))
+    write, templated = replies(common, settings, policy)
+    converse(write, templated, visible)
+
+
+def replies(
+    common: Common, settings: Writing, lm: str
+) -> tuple[Callable[[str | list[dict[str, str]]], Iterator[str]], bool]:
+    """Return what writes after a text or conversation, as it grows, and if it takes the latter."""
+    import numpy as np
+
+    from agents.language_model import load_named
+    from text_env import TextVecEnv
+    from text_env.vocabulary import load_tokenizer
+
+    assert settings.max_new_tokens is not None
+    tokenizer, model = load_tokenizer(lm), load_named(lm)
+    templated = getattr(tokenizer, "chat_template", None) is not None
+    positions = getattr(model.config, "max_position_embeddings", None) or LONGEST_CHAT
+    env = TextVecEnv(
+        num_envs=1,
+        autoreset=False,
+        tokenizer=tokenizer,
+        prompts=[[{"role": "user", "content": "?"}]] if templated else ["?"],
+        reward_fn=lambda prompts, completions, **_: [0.0],
+        max_prompt_tokens=min(positions, LONGEST_CHAT) - settings.max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        allowed_token_ids=tokens_of(settings.vocabulary, tokenizer),
+    )
+    policy = writer(common, settings, env, model)
+
+    def write(prompt: str | list[dict[str, str]]) -> Iterator[str]:
+        env.set_options({"prompt": prompt})
+        obs, done, info = env.reset(), False, {}
+        n_prompt = int((obs[0] >= 0).sum())
+        while not done:
+            token, _ = policy.predict(obs, action_masks=np.array(env.action_masks()))
+            obs, _, dones, infos = env.step(token)
+            done, info = bool(dones[0]), infos[0]
+            if not done:
+                ids = obs[0][obs[0] >= 0]
+                yield env.task.vocabulary.completion_text(ids[:n_prompt], ids[n_prompt:])
+        yield info["completion"]
+
+    return write, templated
+
+
+LONGEST_CHAT = 2048
+"""Tokens of a conversation that are looked at, at most."""
+
+
 # --------------------------------------------------------------------------------- people
 
 
@@ -1482,7 +1556,8 @@ def tune(common: Common, settings: Tune) -> None:
     tuning.search(study, folder, space, run_trial, settings.trials, common.seed, report)
     write_tuning(settings, folder, study, objective)
     say(tuning_report.told(study))
-    say(f"Report: {folder / 'tune.md'}; python train.py ppo --config {folder / 'best.yaml'}")
+    say(f"Report: {folder / 'tune.md'}")
+    say(f"To use it: python train.py ppo --config {folder / 'best.yaml'} --run …")
 
 
 MEASURING = ("kl_budget", "kl_weight", "n_prompts", "evaluations")
@@ -2053,7 +2128,9 @@ def writing_env(
     )
 
 
-def writer(common: Common, settings: Writing, env: "TextVecEnv", lm: str) -> "CausalLMPolicy":
+def writer(
+    common: Common, settings: Writing, env: "TextVecEnv", lm: "str | PreTrainedModel"
+) -> "CausalLMPolicy":
     """Return a language model that writes in such an environment and learns nothing."""
     import numpy as np
 
@@ -2279,6 +2356,7 @@ STAGES: dict[str, tuple[Callable[..., int | None], type]] = {
     "ppo": (ppo, PPO),
     "evaluate": (evaluate, Evaluate),
     "check": (check, Check),
+    "chat": (chat, Chat),
     "annotate": (annotate, Annotate),
     "feedback account": (make_account, SignIn),
     "feedback import": (import_answers, Import),
@@ -2339,7 +2417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings = as_begun(common, settings)
         elif isinstance(settings, Run) and settings.ppo.resume is not None:
             raise ValueError("expected resume with the stage ppo, got it with run")
-        if process_number() == 0 and name != "check":
+        if process_number() == 0 and name not in ("check", "chat"):
             common.run = run_folder(common, name)
             if not resumes:
                 refuse_to_replace(common, name)

@@ -518,6 +518,7 @@ def sft(common: Common, settings: SFT) -> None:
             lm.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         facts["sft"] = asdict(report)
+        facts["model"] = settings.model
         say(
             f"held-out loss {report.loss_before:.2f} -> {report.loss_after:.2f} nats per token "
             f"({report.n_texts} texts, {report.steps} updates)"
@@ -571,6 +572,7 @@ def reward(common: Common, settings: Reward) -> None:
             model.save(made / name)
             facts[name] = asdict(report)
             say(f"{name}: {agreement(facts[name])}")
+        facts["model"] = settings.model
         if settings.feedback is None:
             facts["people"] = human_agreement()
             say(PEOPLE.format(**facts["people"]))
@@ -695,6 +697,11 @@ def train_policy(common: Common, settings: PPO) -> None:
         facts["doctor"] = [finding.name for finding in doctor.findings]
         facts["episodes"] = sum(row.get("rollout/episodes", 0) for row in rows)
         steps = model.policy.guard.n_steps
+        if first:
+            facts["card"] = card_of(common, settings, policy, str(reward_model), model, env)
+            if vocabulary:
+                facts["card"]["limits"] = [RESTRICTED.format(int(env.allowed_tokens.sum()))]
+            write_card(made / "policy", facts["card"])
         if first and not (facts["episodes"] and steps):
             raise RuntimeError(
                 f"nothing was trained: expected finished episodes and optimizer steps, got "
@@ -854,12 +861,17 @@ def digest_of(source: str | Path) -> str:
     folder, digest = Path(source), hashlib.sha256()
     if not folder.is_dir():
         return str(source)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in CARD)
+    for path in sorted(files):
         digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(2**22):
                 digest.update(chunk)
     return digest.hexdigest()[:16]
+
+
+CARD = ("README.md", "curves.png")
+"""Of a policy's folder, what is written about it; `evaluate` completes it."""
 
 
 def appending(path: Path) -> "KVWriter":
@@ -919,6 +931,8 @@ def evaluate(common: Common, settings: Evaluate) -> None:
             key: mean_interval(scores[POLICY][key] - scores[WARM_START][key]) for key in scorers
         }
         write_report(folder, made, facts, groups, scores, settings)
+    if policy == str(folder / "policy"):
+        complete_card(folder, facts)
     say(summary(facts))
     say(f"Report: {folder / 'report.md'}")
 
@@ -2250,7 +2264,7 @@ def write_report(
         file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def notes(facts: dict[str, Any], groups: dict[str, Episodes]) -> str:
+def notes(facts: dict[str, Any], groups: Iterable[str]) -> str:
     """Say how to read the measures that there are."""
     parts = ["All scores are of prompt and completion together."]
     if "judge_scale" in facts:
@@ -2345,6 +2359,111 @@ def write_text(path: Path, text: str) -> None:
 
     with atomic_file(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------- model card
+
+
+def card_of(
+    common: Common,
+    settings: PPO,
+    policy: str,
+    reward_model: str,
+    model: "TokenPPO",
+    env: "TextVecEnv",
+) -> dict[str, Any]:
+    """Return what the trained policy's model card says, but for what `evaluate` measures."""
+    folder = folder_of(common)
+    source = "beginnings of movie sentences" if settings.prompts is None else settings.prompts.name
+    beta = f"{settings.kl_coef:g} score units per nat"
+    if settings.target_ref_kl is not None:
+        beta += f", adapted to {settings.target_ref_kl:g} nats: {model.kl.coef:.3g} at the end"
+    training = {
+        "from": f"`{base_of(policy)}`",
+        "prompts": f"{len(env.task.prompts)}, {source}",
+        "reward model": f"made from `{base_of(reward_model)}`",
+        "tokens written": str(model.num_timesteps),
+        "KL penalty, β": beta,
+        "learning rate": f"{settings.learning_rate:g}",
+        "passes over each rollout": str(settings.n_epochs),
+        "layers that learned": str(settings.trainable_layers or "all"),
+    }
+    if settings.lora_rank is not None:
+        merged = "merged in" if settings.merge_lora else "kept apart"
+        training["adapters"] = f"rank {settings.lora_rank}, {merged}"
+    for name in ("sft", "reward"):
+        file = folder / "stages" / f"{name}.json"
+        if file.exists():
+            found = found_by(json.loads(file.read_text(encoding="utf-8")))
+            training[{"sft": "warm start", "reward": "feedback"}[name]] = "; ".join(found)
+    return {
+        "base_model": base_of(policy),
+        "is_adapters": settings.lora_rank is not None and not settings.merge_lora,
+        "training": training,
+        "example": env.task.prompts[0].text,
+        "sampling": {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "min_new_tokens": settings.min_new_tokens,
+            "max_new_tokens": settings.max_new_tokens,
+        },
+    }
+
+
+RESTRICTED = (
+    "It was trained with {} tokens allowed; `generate` knows nothing of it, and may write others."
+)
+"""A limit of a policy with a vocabulary of its own."""
+
+
+def base_of(lm: str) -> str:
+    """Return the hub id of what a model was made from; if that is unknown, its folder's name."""
+    from huggingface_hub import ModelCard
+
+    folder = Path(lm)
+    if not folder.is_dir():
+        return HUB_IDS.get(lm, lm)
+    made_by = {"sft": "sft", "reward_model": "reward"}.get(folder.name)
+    facts, card = folder.parent / "stages" / f"{made_by}.json", folder / "README.md"
+    if facts.exists():
+        made_from = json.loads(facts.read_text(encoding="utf-8")).get("model")
+        return base_of(made_from) if made_from else folder.name
+    if card.exists() and (known := ModelCard.load(card).data.base_model):
+        return known if isinstance(known, str) else known[0]
+    return folder.name
+
+
+HUB_IDS = {
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+}
+"""Of the models that have a short name."""
+
+
+def write_card(policy: Path, card: dict[str, Any], results: str = "") -> None:
+    """Write a policy's model card into its folder."""
+    from agents.model_card import model_card
+
+    write_text(policy / "README.md", model_card(**card, results=results))
+
+
+def complete_card(folder: Path, facts: dict[str, Any]) -> None:
+    """Add to the model card of a run's policy what `evaluate` has measured."""
+    from reward_models.measures import measures_table
+
+    stage_facts = folder / "stages" / "ppo.json"
+    known = json.loads(stage_facts.read_text(encoding="utf-8")) if stage_facts.exists() else {}
+    if "card" not in known:
+        return
+    parts = [
+        f"{summary(facts)}.",
+        "On test prompts, 95 % intervals in brackets. " + notes(facts, facts["measures"]),
+        measures_table(facts["measures"]),
+    ]
+    if (folder / "curves.png").exists():
+        shutil.copyfile(folder / "curves.png", folder / "policy" / "curves.png")
+        parts.append("![curves](curves.png)")
+    write_card(folder / "policy", known["card"], "\n\n".join(parts))
 
 
 # ------------------------------------------------------------------------------------ CLI

@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gguf,baselines,lora,feedback,metrics]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gguf,baselines,lora,feedback,metrics,tune]'
 	touch $@
 
 demo: $(BIN)/.installed  ## the main job, 7 to 8 minutes on 2 cores: the report is in runs/<time>/report.md

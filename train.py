@@ -512,6 +512,16 @@ class Tune:
     """What is not searched."""
 
 
+@dataclass
+class Chat(Writing):
+    """A conversation with a policy, at the terminal."""
+
+    run_folder: Path
+    """The run whose policy it is."""
+    policy: str | None = None
+    """Another model: folder or hub id. None: the run's policy/."""
+
+
 # ------------------------------------------------------------------------------ the stages
 
 
@@ -565,6 +575,7 @@ def sft(common: Common, settings: SFT) -> None:
             lm.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         facts["sft"] = asdict(report)
+        facts["model"] = settings.model
         say(
             f"held-out loss {report.loss_before:.2f} -> {report.loss_after:.2f} nats per token "
             f"({report.n_texts} texts, {report.steps} updates)"
@@ -624,6 +635,7 @@ def reward(common: Common, settings: Reward) -> None:
                 draw_calibration(report, made / "calibration.png")
         if not (made / "calibration.png").exists():  # an earlier one is of another model
             (folder_of(common) / "calibration.png").unlink(missing_ok=True)
+        facts["model"] = settings.model
         if settings.feedback is None and source_of(common) == "movies":
             facts["people"] = human_agreement()
             say(PEOPLE.format(**facts["people"]))
@@ -766,6 +778,11 @@ def train_policy(common: Common, settings: PPO) -> None:
         facts["doctor"] = [json.loads(line)["name"] for line in read_lines(logs[2])]
         facts["episodes"] = sum(row.get("rollout/episodes", 0) for row in rows)
         steps = model.policy.guard.n_steps
+        if first:
+            facts["card"] = card_of(common, settings, policy, str(reward_model), model, env)
+            if vocabulary:
+                facts["card"]["limits"] = [RESTRICTED.format(int(env.allowed_tokens.sum()))]
+            write_card(made / "policy", facts["card"])
         if first and not (facts["episodes"] and steps):
             raise RuntimeError(
                 f"nothing was trained: expected finished episodes and optimizer steps, got "
@@ -956,7 +973,8 @@ def digest_of(source: str | Path) -> str:
     folder, digest = Path(source), hashlib.sha256()
     if not folder.is_dir():
         return str(source)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in CARD)
+    for path in sorted(files):
         digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(2**22):
@@ -970,6 +988,10 @@ def digest_of_reward(common: Common, settings: PPO) -> str:
     if "learned" in by_name(settings.reward):
         digest.append(digest_of(settings.reward_model or folder_of(common) / "reward_model"))
     return " ".join(digest)
+
+
+CARD = ("README.md", "curves.png")
+"""Of a policy's folder, what is written about it; `evaluate` completes it."""
 
 
 def appending(path: Path) -> "KVWriter":
@@ -1039,6 +1061,8 @@ def evaluate(common: Common, settings: Evaluate) -> None:
             for key in scores[POLICY]
         }
         write_report(folder, made, facts, groups, scores, settings)
+    if policy == str(folder / "policy"):
+        complete_card(folder, facts)
     say(summary(facts))
     say(f"Report: {folder / 'report.md'}")
 
@@ -1287,6 +1311,70 @@ def in_columns(level: str, name: str, said: str) -> str:
     """Lay out a verdict: level, name, and the sentence in lines of its own column."""
     lines = textwrap.wrap(said, 72) or [""]
     return "\n".join([f"{level:<5}  {name:<18} {lines[0]}", *(" " * 26 + x for x in lines[1:])])
+
+
+def chat(common: Common, settings: Chat) -> None:
+    """Talk with a run's policy at the terminal; it writes as it was trained to.
+
+    With a chat template in its tokenizer it is given the conversation, and without one each text of
+    yours, to go on from.
+    """
+    from agents.chat import converse
+    from reward_models.feedback.terminal import visible
+
+    set_up(common)
+    folder = settings.run_folder
+    settings = as_in_ppo(folder, settings)
+    policy = settings.policy or str(left_by("ppo", folder / "policy"))
+    write, templated = replies(common, settings, policy)
+    converse(write, templated, visible)
+
+
+def replies(
+    common: Common, settings: Writing, lm: str
+) -> tuple[Callable[[str | list[dict[str, str]]], Iterator[str]], bool]:
+    """Return what writes after a text or conversation, as it grows, and if it takes the latter."""
+    import numpy as np
+
+    from agents.language_model import load_named
+    from text_env import TextVecEnv
+    from text_env.vocabulary import load_tokenizer
+
+    assert settings.max_new_tokens is not None
+    tokenizer, model = load_tokenizer(lm), load_named(lm)
+    templated = getattr(tokenizer, "chat_template", None) is not None
+    positions = getattr(model.config, "max_position_embeddings", None) or LONGEST_CHAT
+    env = TextVecEnv(
+        num_envs=1,
+        autoreset=False,
+        tokenizer=tokenizer,
+        prompts=[[{"role": "user", "content": "?"}]] if templated else ["?"],
+        reward_fn=lambda prompts, completions, **_: [0.0],
+        max_prompt_tokens=min(positions, LONGEST_CHAT) - settings.max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        allowed_token_ids=tokens_of(settings.vocabulary, tokenizer),
+    )
+    policy = writer(common, settings, env, model)
+
+    def write(prompt: str | list[dict[str, str]]) -> Iterator[str]:
+        env.set_options({"prompt": prompt})
+        obs, done, info = env.reset(), False, {}
+        n_prompt = int((obs[0] >= 0).sum())
+        while not done:
+            token, _ = policy.predict(obs, action_masks=np.array(env.action_masks()))
+            obs, _, dones, infos = env.step(token)
+            done, info = bool(dones[0]), infos[0]
+            if not done:
+                ids = obs[0][obs[0] >= 0]
+                yield env.task.vocabulary.completion_text(ids[:n_prompt], ids[n_prompt:])
+        yield info["completion"]
+
+    return write, templated
+
+
+LONGEST_CHAT = 2048
+"""Tokens of a conversation that are looked at, at most."""
 
 
 # --------------------------------------------------------------------------------- people
@@ -1751,7 +1839,8 @@ def tune(common: Common, settings: Tune) -> None:
     tuning.search(study, folder, space, run_trial, settings.trials, common.seed, report)
     write_tuning(settings, folder, study, objective)
     say(tuning_report.told(study))
-    say(f"Report: {folder / 'tune.md'}; python train.py ppo --config {folder / 'best.yaml'}")
+    say(f"Report: {folder / 'tune.md'}")
+    say(f"To use it: python train.py ppo --config {folder / 'best.yaml'} --run …")
 
 
 MEASURING = ("kl_budget", "kl_weight", "n_prompts", "evaluations")
@@ -2358,7 +2447,9 @@ def writing_env(
     )
 
 
-def writer(common: Common, settings: Writing, env: "TextVecEnv", lm: str) -> "CausalLMPolicy":
+def writer(
+    common: Common, settings: Writing, env: "TextVecEnv", lm: "str | PreTrainedModel"
+) -> "CausalLMPolicy":
     """Return a language model that writes in such an environment and learns nothing."""
     import numpy as np
 
@@ -2498,7 +2589,7 @@ def people_section(folder: Path) -> str:
     return "\n\n".join(["## The reward model and people"] * any(parts) + [p for p in parts if p])
 
 
-def notes(facts: dict[str, Any], groups: dict[str, Episodes]) -> str:
+def notes(facts: dict[str, Any], groups: Iterable[str]) -> str:
     """Say how to read the measures that there are."""
     parts = ["All scores are of prompt and completion together."]
     if facts["reward"] is not None:
@@ -2603,6 +2694,111 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+# ----------------------------------------------------------------------------- model card
+
+
+def card_of(
+    common: Common,
+    settings: PPO,
+    policy: str,
+    reward_model: str,
+    model: "TokenPPO",
+    env: "TextVecEnv",
+) -> dict[str, Any]:
+    """Return what the trained policy's model card says, but for what `evaluate` measures."""
+    folder = folder_of(common)
+    source = "beginnings of movie sentences" if settings.prompts is None else settings.prompts.name
+    beta = f"{settings.kl_coef:g} score units per nat"
+    if settings.target_ref_kl is not None:
+        beta += f", adapted to {settings.target_ref_kl:g} nats: {model.kl.coef:.3g} at the end"
+    training = {
+        "from": f"`{base_of(policy)}`",
+        "prompts": f"{len(env.task.prompts)}, {source}",
+        "reward model": f"made from `{base_of(reward_model)}`",
+        "tokens written": str(model.num_timesteps),
+        "KL penalty, β": beta,
+        "learning rate": f"{settings.learning_rate:g}",
+        "passes over each rollout": str(settings.n_epochs),
+        "layers that learned": str(settings.trainable_layers or "all"),
+    }
+    if settings.lora_rank is not None:
+        merged = "merged in" if settings.merge_lora else "kept apart"
+        training["adapters"] = f"rank {settings.lora_rank}, {merged}"
+    for name in ("sft", "reward"):
+        file = folder / "stages" / f"{name}.json"
+        if file.exists():
+            found = found_by(json.loads(file.read_text(encoding="utf-8")))
+            training[{"sft": "warm start", "reward": "feedback"}[name]] = "; ".join(found)
+    return {
+        "base_model": base_of(policy),
+        "is_adapters": settings.lora_rank is not None and not settings.merge_lora,
+        "training": training,
+        "example": env.task.prompts[0].text,
+        "sampling": {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "min_new_tokens": settings.min_new_tokens,
+            "max_new_tokens": settings.max_new_tokens,
+        },
+    }
+
+
+RESTRICTED = (
+    "It was trained with {} tokens allowed; `generate` knows nothing of it, and may write others."
+)
+"""A limit of a policy with a vocabulary of its own."""
+
+
+def base_of(lm: str) -> str:
+    """Return the hub id of what a model was made from; if that is unknown, its folder's name."""
+    from huggingface_hub import ModelCard
+
+    folder = Path(lm)
+    if not folder.is_dir():
+        return HUB_IDS.get(lm, lm)
+    made_by = {"sft": "sft", "reward_model": "reward"}.get(folder.name)
+    facts, card = folder.parent / "stages" / f"{made_by}.json", folder / "README.md"
+    if facts.exists():
+        made_from = json.loads(facts.read_text(encoding="utf-8")).get("model")
+        return base_of(made_from) if made_from else folder.name
+    if card.exists() and (known := ModelCard.load(card).data.base_model):
+        return known if isinstance(known, str) else known[0]
+    return folder.name
+
+
+HUB_IDS = {
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+}
+"""Of the models that have a short name."""
+
+
+def write_card(policy: Path, card: dict[str, Any], results: str = "") -> None:
+    """Write a policy's model card into its folder."""
+    from agents.model_card import model_card
+
+    write_text(policy / "README.md", model_card(**card, results=results))
+
+
+def complete_card(folder: Path, facts: dict[str, Any]) -> None:
+    """Add to the model card of a run's policy what `evaluate` has measured."""
+    from reward_models.measures import measures_table
+
+    stage_facts = folder / "stages" / "ppo.json"
+    known = json.loads(stage_facts.read_text(encoding="utf-8")) if stage_facts.exists() else {}
+    if "card" not in known:
+        return
+    parts = [
+        f"{summary(facts)}.",
+        "On test prompts, 95 % intervals in brackets. " + notes(facts, facts["measures"]),
+        measures_table(facts["measures"]),
+    ]
+    if (folder / "curves.png").exists():
+        shutil.copyfile(folder / "curves.png", folder / "policy" / "curves.png")
+        parts.append("![curves](curves.png)")
+    write_card(folder / "policy", known["card"], "\n\n".join(parts))
+
+
 # ------------------------------------------------------------------------------------ CLI
 
 STAGES: dict[str, tuple[Callable[..., int | None], type]] = {
@@ -2612,6 +2808,7 @@ STAGES: dict[str, tuple[Callable[..., int | None], type]] = {
     "ppo": (ppo, PPO),
     "evaluate": (evaluate, Evaluate),
     "check": (check, Check),
+    "chat": (chat, Chat),
     "annotate": (annotate, Annotate),
     "feedback account": (make_account, SignIn),
     "feedback import": (import_answers, Import),
@@ -2677,7 +2874,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings = as_begun(common, settings, asked)
         elif isinstance(settings, Run) and settings.ppo.resume is not None:
             raise ValueError("expected resume with the stage ppo, got it with run")
-        if process_number() == 0 and name != "check":
+        if process_number() == 0 and name not in ("check", "chat"):
             common.run = run_folder(common, name)
             if not resumes:
                 refuse_to_replace(common, name)

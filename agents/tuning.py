@@ -15,9 +15,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import optuna
 import torch as th
 import yaml
+
+try:
+    import optuna
+except ImportError as error:
+    raise ImportError("tuning needs optuna: pip install 'rlhf-gym[tune]'") from error
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -295,7 +299,7 @@ def search(
             try:
                 watched = run_trial(trial, place)
             except (ArithmeticError, ValueError, RuntimeError) as error:
-                trial.set_user_attr("error", " ".join(str(error).split()))
+                trial.set_user_attr("failed_by", " ".join(str(error).split()))
                 study.tell(trial, state=TrialState.FAIL)
                 if not any(t.state.is_finished() for t in study.trials if t.number < trial.number):
                     raise

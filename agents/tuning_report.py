@@ -57,8 +57,8 @@ def as_markdown(study: optuna.Study, objective: Objective, budget: str) -> str:
         "# Settings that were tried",
         f"{len(tried)} trials: {budget}. The objective is judge − {objective.kl_weight:g} · "
         f"max(0, KL − {objective.kl_budget:g}), on held-out training prompts, the same for all; "
-        "the judge's standard error stands beside it. A pruned trial was stopped on the way, and "
-        "shows what it had then.",
+        "the judge's standard error stands beside it, KL is in nats per completion. A pruned trial "
+        "was stopped on the way, and shows what it had then.",
         told(study),
         table([row_of(trial) for trial in tried]),
         "## What mattered",
@@ -91,10 +91,10 @@ def row_of(trial: FrozenTrial) -> dict[str, Any]:
     value = value_of(trial)
     row: dict[str, Any] = {
         "trial": trial.number,
-        "state": known.get("error", trial.state.name.lower()),
+        "state": known.get("failed_by", trial.state.name.lower()),
         "objective": f"{value:+.3f}" if value > float("-inf") else "",
         "judge": "{score:+.2f} ± {error:.2f}".format(**known) if "score" in known else "",
-        "KL, nats": f"{known['ref_kl']:.1f}" if "ref_kl" in known else "",
+        "KL": f"{known['ref_kl']:.1f}" if "ref_kl" in known else "",
         "trained": f"{known['share']:.0%}" if "share" in known else "",
         "seconds": f"{known['seconds']:.0f}" if "seconds" in known else "",
         **{name: in_short(value) for name, value in trial.params.items()},

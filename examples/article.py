@@ -36,7 +36,12 @@ TEST_PROMPTS = (
     "Deep learning",
 )
 """Beginnings that nobody rated a text of, and that PPO is not trained on."""
-BUDGET: dict[str, Any] = {"max_prompt_tokens": 32, "max_new_tokens": 32, "min_new_tokens": 6, "stop": ("\n",)}
+BUDGET: dict[str, Any] = {
+    "max_prompt_tokens": 32,
+    "max_new_tokens": 32,
+    "min_new_tokens": 6,
+    "stop": ("\n",),
+}
 
 
 def load_ratings(path: Path) -> tuple[list[str], list[str], list[float]]:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from agents import CausalLMPolicy, TokenPPO
     from agents.checks import Verdict
     from agents.tuning import Objective, TrialCallback
-    from reward_models import LearnedRewardModel, RewardEnsemble
+    from reward_models import LearnedRewardModel
     from reward_models.ensemble import EnsembleReport
     from reward_models.feedback import Feedback, FeedbackStore, Task
     from reward_models.learned import FitReport
@@ -779,7 +779,7 @@ def train_policy(common: Common, settings: PPO) -> None:
         facts["episodes"] = sum(row.get("rollout/episodes", 0) for row in rows)
         steps = model.policy.guard.n_steps
         if first:
-            facts["card"] = card_of(common, settings, policy, str(reward_model), model, env)
+            facts["card"] = card_of(common, settings, policy, model, env)
             if vocabulary:
                 facts["card"]["limits"] = [RESTRICTED.format(int(env.allowed_tokens.sum()))]
             write_card(made / "policy", facts["card"])
@@ -1702,7 +1702,7 @@ def loop(common: Common, settings: Loop) -> None:
         if not is_done(turn, "ppo"):
             how = replace(settings.ppo, policy=policy, reward_model=str(model))
             if any(here.glob("ppo.unfinished/checkpoints/step-*")):
-                how = as_begun(turn, replace(how, resume=here))
+                how = as_begun(turn, replace(how, resume=here), ())
             ppo(turn, how)
         if not is_done(turn, "evaluate"):
             evaluate(turn, settings.evaluate)
@@ -2701,26 +2701,33 @@ def card_of(
     common: Common,
     settings: PPO,
     policy: str,
-    reward_model: str,
     model: "TokenPPO",
     env: "TextVecEnv",
 ) -> dict[str, Any]:
     """Return what the trained policy's model card says, but for what `evaluate` measures."""
     folder = folder_of(common)
-    source = "beginnings of movie sentences" if settings.prompts is None else settings.prompts.name
+    own = {
+        "movies": "beginnings of movie sentences",
+        "chinese-reviews": "beginnings of Chinese reviews",
+    }
+    source = own[source_of(common)] if settings.prompts is None else settings.prompts.name
+    reward = ", ".join(f"{name} ({value})" for name, value in by_name(settings.reward).items())
+    learned = str(settings.reward_model or folder / "reward_model")
     beta = f"{settings.kl_coef:g} score units per nat"
     if settings.target_ref_kl is not None:
         beta += f", adapted to {settings.target_ref_kl:g} nats: {model.kl.coef:.3g} at the end"
     training = {
         "from": f"`{base_of(policy)}`",
         "prompts": f"{len(env.task.prompts)}, {source}",
-        "reward model": f"made from `{base_of(reward_model)}`",
+        "reward": reward if settings.reward else "learned",
         "tokens written": str(model.num_timesteps),
         "KL penalty, β": beta,
         "learning rate": f"{settings.learning_rate:g}",
         "passes over each rollout": str(settings.n_epochs),
         "layers that learned": str(settings.trainable_layers or "all"),
     }
+    if "learned" in by_name(settings.reward):
+        training["reward model"] = f"made from `{base_of(learned)}`"
     if settings.lora_rank is not None:
         merged = "merged in" if settings.merge_lora else "kept apart"
         training["adapters"] = f"rank {settings.lora_rank}, {merged}"

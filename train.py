@@ -2972,6 +2972,17 @@ FREE_IN_LOOP = (
     *("ppo.save_every", "ppo.checkpoint_every", "ppo.checkpoint_keep"),
 )
 """Settings that may be others when a loop goes on."""
+SAMPLED_WITH = (*(f"ppo.{f.name}" for f in fields(Writing)), "ppo.policy", "ppo.prompts")
+"""Settings of PPO that a loop asks with, too."""
+MADE_WITH = {
+    "sft": ("sft",),
+    "judge": ("judge",),
+    "reward": ("round-*/stages/reward.json",),
+    "ppo": ("round-*/stages/ppo.json", "round-*/ppo.unfinished/checkpoints/step-*"),
+    "evaluate": ("round-*/stages/evaluate.json",),
+}
+"""What a loop has when settings of these parts have been used; of the others, any of `ASKED`."""
+ASKED = ("sft", "judge", "round-*/asked.json")
 
 
 def loop_begun(parsed: "Namespace") -> Path | None:
@@ -2983,15 +2994,23 @@ def loop_begun(parsed: "Namespace") -> Path | None:
 
 
 def refuse_other_settings(began: Path, chosen: "Namespace") -> None:
-    """Raise ValueError if a loop is asked to go on with settings that it did not begin with."""
+    """Raise ValueError if a loop is asked to go on with settings that it did not begin with.
+
+    Those of a part that has not been done yet may be mended.
+    """
     import yaml
+
+    def is_used(name: str) -> bool:
+        marks = MADE_WITH.get(name.split(".")[0], ASKED)
+        marks += ASKED[2:] if name in SAMPLED_WITH else ()
+        return any(any(began.parent.glob(mark)) for mark in marks)
 
     was = by_dotted_name(yaml.safe_load(began.read_text(encoding="utf-8")))
     now = by_dotted_name(as_plain(chosen))
     other = [
         f"{name} is {was[name]}, not {now[name]}"
         for name in now
-        if name in was and now[name] != was[name] and name not in FREE_IN_LOOP
+        if name in was and now[name] != was[name] and name not in FREE_IN_LOOP and is_used(name)
     ]
     if other:
         raise ValueError(

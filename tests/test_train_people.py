@@ -310,16 +310,21 @@ def test_a_loop_goes_on_with_the_settings_it_began_with(own, tmp_path, capsys, m
     monkeypatch.setitem(train.STAGES, "loop", (train.loop, train.Loop))
     line = loop_line(own, 1, "simulated")
     assert command(line + " --ppo.kl_coef 0.1", tmp_path) == 0
+    for made in ("sft", "round-1/asked.json", "round-1/stages/reward.json"):
+        (tmp_path / made).mkdir(parents=True)
+    assert command("loop --ppo.kl_coef 0.2", tmp_path) == 0  # no training has had it yet
+    (tmp_path / "round-1" / "stages" / "ppo.json").touch()
     config = (tmp_path / "config-loop.yaml").read_text()
-    assert command("loop --ppo.kl_coef 0.3 --comparisons 9 --seed 1", tmp_path) == 1
+    line = "loop --ppo.kl_coef 0.3 --comparisons 9 --seed 1 --evaluate.n_prompts 9"
+    assert command(line, tmp_path) == 1
     assert (
-        "where seed is 0, not 1, comparisons is 8, not 9, ppo.kl_coef is 0.1, not 0.3"
+        "where seed is 0, not 1, comparisons is 8, not 9, ppo.kl_coef is 0.2, not 0.3: leave"
         in capsys.readouterr().err
     )
     assert (tmp_path / "config-loop.yaml").read_text() == config
     assert command("loop --rounds 3 --threads 1", tmp_path) == 0
-    assert [settings.rounds for settings in done] == [1, 3]
-    assert done[1] == replace(done[0], rounds=3)
+    assert [settings.rounds for settings in done] == [1, 1, 3]
+    assert done[2] == replace(done[0], rounds=3, ppo=replace(done[0].ppo, kl_coef=0.2))
 
 
 @pytest.mark.slow

@@ -133,7 +133,8 @@ def with_equal_pairs(rate: Share, equal: int, pairs: int) -> Share:
     if equal == pairs:
         return Share(0.5, 0.5, 0.5, rate.n)
     differ = 1 - equal / pairs
-    return Share(*(differ * value + (1 - differ) / 2 for value in rate[:3]), rate.n)
+    share, low, high = (differ * value + (1 - differ) / 2 for value in rate[:3])
+    return Share(share, low, high, rate.n)
 
 
 def position_bias(answers: Iterable[Answer]) -> Share:

@@ -1033,11 +1033,8 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         rewarder = reward_function(common, settings.reward, settings.reward_model)
         facts["reward"] = settings.reward
         scorers: dict[str, Callable[..., Any]] = {"score": rewarder}
-        if settings.metrics:
-            beside = reward_function(
-                common, dict.fromkeys(settings.metrics, 0.0), settings.reward_model
-            )
-            scorers |= dict(zip(beside.names, (term for term, _ in beside.terms), strict=True))
+        for name in settings.metrics:
+            scorers[name] = reward_function(common, name, settings.reward_model)
         if settings.judge or (folder / "judge").exists():
             judge = LearnedRewardModel.load(settings.judge or folder / "judge", device_of(common))
             scorers["judge"] = lambda prompts, completions, **_: judge.human_scale(
@@ -1080,11 +1077,13 @@ def scores_of(
     given |= {name: [episode[name] for episode in episodes] for name in columns}
     found: dict[str, np.ndarray] = {}
     for key, scorer in scorers.items():
+        if key in found:  # a metric that is a term of the reward too
+            continue
         if isinstance(scorer, WeightedSum):
             parts = scorer.parts(**given)
             found[key] = scorer.total(parts)
             found |= dict(zip(scorer.names, parts, strict=True))
-        elif key not in found:
+        else:
             found[key] = np.asarray(scorer(**given), dtype=float)
     return found
 

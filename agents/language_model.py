@@ -369,9 +369,14 @@ def check_positions(lm: PreTrainedModel, longest: int) -> None:
     Raises:
         ValueError: If not.
     """
-    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    limit = most_positions(lm)
     if limit is not None and longest > limit:
         raise ValueError(
             f"expected sequences of at most {limit} tokens, which is what {type(lm).__name__} has "
             f"positions for, got up to {longest}: shorten the prompts or max_new_tokens"
         )
+
+
+def most_positions(lm: PreTrainedModel) -> int | None:
+    """Return the length of the longest sequence that a model has positions for; None: any."""
+    return getattr(lm.config.get_text_config(), "max_position_embeddings", None)

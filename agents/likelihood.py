@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agents.language_model import check_positions
+from agents.language_model import most_positions
 from agents.whole_texts import TextModel, encode
 
 
@@ -18,7 +18,7 @@ class LogLikelihood:
     """Scores a completion by its mean log-probability per token: minus the log of its perplexity.
 
     The end of the text counts as a token, so that an empty one has a score too. Temperature is 1,
-    and every token is allowed.
+    and every token is allowed. A text that is longer than the model has positions for is cut.
 
     Args:
         lm: A causal LM; nothing is changed in it.
@@ -39,13 +39,9 @@ class LogLikelihood:
     def __call__(
         self, *, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> np.ndarray:
-        """Score each completion behind its prompt, nats per token, at most 0: (B,).
-
-        Raises:
-            ValueError: If a text is longer than the model has positions for.
-        """
+        """Score each completion behind its prompt, nats per token, at most 0: (B,)."""
         rows = encode(self.tokenizer, list(zip(prompts, completions, strict=True)))
-        if rows:
-            check_positions(self.model.lm, max(len(row["input_ids"]) for row in rows))
+        for row in rows:
+            row["input_ids"] = row["input_ids"][: most_positions(self.model.lm)]
         log_prob, count = self.model.sums(rows)
         return log_prob / np.maximum(count, 1)  # 0 where prompt and text are empty

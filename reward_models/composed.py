@@ -10,7 +10,7 @@ from reward_models.contract import RewardFunction, checked_scores
 from reward_models.references import METRICS
 from reward_models.terms import LengthReward, RepetitionPenalty
 
-TERMS: dict[str, Callable[..., RewardFunction]] = {
+TERMS: dict[str, Callable[..., Any]] = {
     **METRICS,
     "length": LengthReward,
     "repetition": RepetitionPenalty,

@@ -21,12 +21,13 @@ def test_it_is_the_mean_over_a_completion_and_its_end(make_lm) -> None:
         assert score == pytest.approx(np.mean(each), abs=1e-5)
 
 
-def test_texts_that_it_cannot_score_are_refused() -> None:
+def test_long_texts_are_cut_and_texts_without_an_end_refused() -> None:
     tokenizer = letter_tokenizer("abc")
     likelihood = LogLikelihood(tiny_gpt2(len(tokenizer)), tokenizer)
     assert likelihood(prompts=[], completions=[]).shape == (0,)
-    with pytest.raises(ValueError, match="at most 128 tokens"):
-        likelihood(prompts=["a"], completions=["b" * 128])
+    long = likelihood(prompts=["a"] * 2, completions=["b" * 127, "b" * 200])  # 128 positions
+    assert long[0] == pytest.approx(long[1], abs=1e-5)
+    assert likelihood(prompts=["a" * 128], completions=["b"]) == 0
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="expected a tokenizer with an EOS token"):
         LogLikelihood(tiny_gpt2(6), tokenizer)

@@ -454,17 +454,18 @@ def run(common: Common, settings: Run) -> None:
 
 
 def sft(common: Common, settings: SFT) -> None:
-    """Warm-start a causal LM on texts; leaves the folder sft."""
+    """Warm-start a language model on texts; leaves the folder sft."""
     from agents.language_model import load_named
     from agents.saving import replaced_folder
     from agents.sft import warm_start
-    from text_env.prompts import load_texts
+    from text_env.prompts import load_pairs, load_texts
     from text_env.vocabulary import load_tokenizer
 
     with stage(common, "sft") as (facts, made):
-        texts = load_texts(settings.texts or data(common) / "language.jsonl")
+        file = settings.texts or data(common) / "language.jsonl"
         model = named_model(settings.model)
         tokenizer, lm = load_tokenizer(model), load_named(model).to(device_of(common))
+        texts = load_pairs(file) if lm.config.is_encoder_decoder else load_texts(file)
         report = warm_start(
             lm,
             tokenizer,

@@ -25,13 +25,19 @@ from agents.frozen_layers import freeze_below
 from agents.heads import Head
 from agents.language_model import TokenModel, check_fit, check_positions
 from agents.sequences import TokenBatch, pad_right
-from agents.states import find_capping
+from agents.states import find_capping, no_end, prompt_lengths
 
 
 class Row(TypedDict):
-    """A text as the Trainer's samplers know it."""
+    """A text as the Trainer's samplers know it.
+
+    Attributes:
+        input_ids: The text's tokens.
+        n_given: The first of them, which are not learned.
+    """
 
     input_ids: list[int]
+    n_given: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class SFTReport:
 def warm_start(
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[str | tuple[str, str]],
     *,
     max_tokens: int = 64,
     epochs: float = 1.0,
@@ -72,16 +78,19 @@ def warm_start(
     seed: int = 0,
     progress_bar: bool = False,
 ) -> SFTReport:
-    """Train `lm` in place on whole texts, each ended by EOS.
+    """Train `lm` in place on whole texts, or on completions of prompts, each ended by EOS.
 
     AdamW with a linear warm-up over the first tenth and a linear decay to 0; batches of texts of
     similar length; dropout as the model has it.
 
     Args:
-        lm: A causal LM.
+        lm: A causal LM or encoder-decoder.
         tokenizer: Its tokenizer, with an EOS token.
-        texts: Texts; a random tenth of them, `held_out` at most, is only measured on.
-        max_tokens: Longer texts are cut there, and not ended.
+        texts: Texts, or pairs of a prompt, which is only read, and its completion; an
+            encoder-decoder, whose encoder reads the prompt, needs pairs. A random tenth,
+            `held_out` at most, is only measured on.
+        max_tokens: Longer texts are cut there, and not ended; pairs that have no more than their
+            prompt then are left out.
         epochs: Passes over the texts.
         max_steps: Updates at most, if the epochs have more.
         batch_size: Texts per update.
@@ -100,10 +109,21 @@ def warm_start(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("expected a tokenizer with an EOS token, got none: texts could not end")
-    if len(texts) < 2:
-        raise ValueError(f"expected at least two texts to learn from, got {len(texts)}")
-    ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(list(texts))["input_ids"]]
-    rows: list[Row] = [{"input_ids": row[:max_tokens]} for row in ids if len(row) > 1]
+    alone = next((text for text in texts if isinstance(text, str)), None)
+    if lm.config.is_encoder_decoder and alone is not None:
+        raise ValueError(
+            f"expected pairs of a prompt and its completion for {type(lm).__name__}, whose encoder "
+            f"reads the prompt, got the text {alone[:40]!r} alone"
+        )
+    rows = [tokenized(text, tokenizer, max_tokens) for text in texts]
+    rows = [row for row in rows if len(row["input_ids"]) > row["n_given"]]
+    if lm.config.is_encoder_decoder:
+        for row in rows:
+            ids, n_given = row["input_ids"], row["n_given"]
+            if int(prompt_lengths(lm, th.tensor([ids]))) != n_given:
+                raise no_end(lm, ids[:n_given])
+    if len(rows) < 2:
+        raise ValueError(f"expected at least two texts to learn from, got {len(rows)}")
     random.Random(seed).shuffle(rows)
     n_held_out = max(1, min(held_out, len(rows) // 10))
     train, test = rows[n_held_out:], rows[:n_held_out]
@@ -158,6 +178,17 @@ def warm_start(
     )
 
 
+def tokenized(
+    text: str | tuple[str, str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> Row:
+    """Tokenize a text, or a prompt and its completion, as the environment does; end it by EOS."""
+    prompt, completion = ("", text) if isinstance(text, str) else text
+    given = tokenizer(prompt)["input_ids"] if prompt else []
+    ids = tokenizer(completion, add_special_tokens=not given)["input_ids"]
+    whole = [*given, *ids, tokenizer.eos_token_id]
+    return {"input_ids": whole[:max_tokens], "n_given": len(given) or 1}
+
+
 class _TextTrainer(Trainer):
     """A Trainer whose loss is that of the policy: bounded logits, float32 log-probabilities."""
 
@@ -193,7 +224,7 @@ class _Learner(TokenModel):
         return head._replace(weight=head.weight.to(self.dtype))
 
     def log_probs(self, batch: TokenBatch) -> th.Tensor:
-        """Return the log-probabilities (nats) of every token but each text's first: (N,)."""
+        """Return the log-probabilities (nats) of every token that is learned: (N,)."""
         tokens = batch.ids[batch.row, batch.position + 1]
         return self.token_statistics(batch, self.hidden_at(batch), tokens).log_prob
 
@@ -211,12 +242,13 @@ class _Learner(TokenModel):
 
 
 def whole_texts(rows: Sequence[Row]) -> TokenBatch:
-    """Make a batch of texts, in which every token but a text's first is learned.
+    """Make a batch of texts, in which every token is learned but what was given.
 
     Padding is neither looked at, under causal attention, nor learned; so where the padding token
     is EOS too, the EOS that ends a text still is.
     """
     ids = [np.array(row["input_ids"]) for row in rows]
-    row = np.repeat(np.arange(len(ids)), [len(x) - 1 for x in ids])
-    position = np.concatenate([np.arange(len(x) - 1) for x in ids])
+    first = [row["n_given"] - 1 for row in rows]
+    row = np.repeat(np.arange(len(ids)), [len(x) - 1 - n for x, n in zip(ids, first, strict=True)])
+    position = np.concatenate([np.arange(n, len(x) - 1) for x, n in zip(ids, first, strict=True)])
     return TokenBatch(*(th.from_numpy(x) for x in (pad_right(ids), row, position)))

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import torch as th
 import transformers as tf
-from conftest import tiny_gpt2, tiny_llama
+from conftest import letter_tokenizer, tiny_gpt2, tiny_llama
 from test_agents_decoder import Rows
 from test_agents_token_ppo import make_env, make_model
 
-from agents import LMReader, TokenPPO
+from agents import LMReader, TokenPPO, checks
 from agents.decoder import CachedDecoder, Decoder
 from agents.families import decoder_for
 from agents.language_model import load_lm
 from agents.seq2seq_decoder import Seq2SeqDecoder
+from agents.sft import tokenized, warm_start, whole_texts
 from agents.state_decoder import StateDecoder
 from agents.states import auto_class, find_capping
 
@@ -300,3 +301,67 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="is_decoder=True"):
         load_lm(config, V)
+
+
+# ------------------------------------------------------------- encoder-decoders from end to end
+
+
+def test_an_encoder_decoder_learns_completions_of_prompts() -> None:
+    tokenizer, lm = letter_tokenizer("abcdef"), tiny("t5", 9)
+    pairs = [(f"{'>' * n}{letter}<eos>", letter * 4) for letter in "abcdef" for n in (1, 2, 3)]
+    with pytest.raises(ValueError, match="pairs of a prompt and its completion for T5"):
+        warm_start(lm, tokenizer, ["abc", "abd"])
+    report = warm_start(
+        lm, tokenizer, pairs, epochs=40, batch_size=8, learning_rate=1e-2, held_out=1
+    )
+    assert report.loss_before > 1.5 and report.loss_after < 0.5
+    with pytest.raises(ValueError, match="prompts that end with their only end-of-text token"):
+        warm_start(lm, tokenizer, [("ab", "c"), ("b", "c")], max_steps=1)
+
+
+def test_of_a_pair_the_completion_alone_is_learned() -> None:
+    row = tokenized(("ab>", "cd"), letter_tokenizer("abcdef"), 64)
+    assert row == {"input_ids": [0, 1, 6, 2, 3, 7], "n_given": 3}
+    batch = whole_texts([row, {"input_ids": [4, 5, 7], "n_given": 1}])
+    assert batch.row.tolist() == [0, 0, 0, 1, 1] and batch.position.tolist() == [2, 3, 4, 0, 1]
+
+
+def test_a_saved_encoder_decoder_is_loaded_by_name(tmp_path) -> None:
+    tiny("t5", 9).save_pretrained(tmp_path / "t5")
+    model = make_model(lm=str(tmp_path / "t5"), env=env_of("t5"))
+    assert model.policy.lm.config.is_encoder_decoder
+    assert isinstance(model.policy.decoder, Seq2SeqDecoder)
+
+
+def test_prompts_without_an_end_are_refused_by_an_encoder_decoder() -> None:
+    model = make_model(lm=tiny("t5", 9))
+    with pytest.raises(ValueError, match="let the tokenizer add it"):
+        model.learn(1)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mamba", "bert", "t5"])
+def test_adapters_checkpointing_and_bfloat16(name) -> None:
+    lora = {"r": 4}
+    if name == "mamba":
+        with pytest.raises(ValueError, match="remove it from `target_modules`"):
+            make_model(lm=tiny(name, 9), policy_kwargs={"lora": lora})
+        lora["target_modules"] = ["in_proj", "x_proj"]
+    kwargs = {"lora": lora, "gradient_checkpointing": True, "dtype": "bfloat16"}
+    model = make_model(lm=tiny(name, 9), env=env_of(name), kl_coef=0.1, policy_kwargs=kwargs)
+    model.learn(128)
+    assert max(e["ref_kl"] for e in model.finished_episodes) > 0
+    assert all(p.isfinite().all() for p in model.policy.parameters())
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mamba", "bert", "t5", "rwkv"])
+def test_the_checks_say_what_holds(name) -> None:
+    model = make_model(lm=tiny(name, 9), env=env_of(name))
+    prompts = [row[row >= 0] for row in model.env.reset()]
+    model._allow_tokens_of(model.env)
+    walked = checks.walk(model.policy, prompts, 6)
+    found = checks.check_cache(model.policy, walked)
+    assert found.level == ("look" if name == "rwkv" else "ok"), found
+    assert ("cannot be cached" in found.said) == (name == "rwkv")
+    found = checks.check_padding(model.policy, walked)
+    assert found.level == "ok" and ("left" in found.said) == (name in ("gemma2", "bert"))
+    assert checks.check_temperature(model.policy, prompts[0]).level == "ok"

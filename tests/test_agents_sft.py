@@ -65,7 +65,9 @@ def test_a_loss_that_is_not_finite_stops_before_any_parameter_changes(
 
 def test_pad_is_eos_and_the_end_is_still_learned() -> None:
     eos = 5
-    batch = whole_texts([{"input_ids": [0, 1, eos]}, {"input_ids": [2, eos]}])
+    batch = whole_texts(
+        [{"input_ids": [0, 1, eos], "n_given": 1}, {"input_ids": [2, eos], "n_given": 1}]
+    )
     tokens = batch.ids[batch.row, batch.position + 1]
     assert tokens.tolist() == [1, eos, eos]
 

@@ -331,6 +331,30 @@ def load_texts(path: str | Path, refused: list[str] | None = None) -> list[str]:
     return texts
 
 
+def load_pairs(path: str | Path) -> list[tuple[str, str]]:
+    """Read prompts with their completions, for models that read the one and write the other.
+
+    Args:
+        path: A `.jsonl` or `.csv` whose lines have the keys `prompt` and `completion`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: No pair, or a malformed one (named by file and line).
+    """
+    pairs = []
+    for place, item in _read_file(Path(path), None):
+        keys = ("prompt", "completion")
+        pair = tuple(item.get(key) for key in keys) if isinstance(item, Mapping) else ()
+        if len(pair) != 2 or not all(isinstance(part, str) and part.strip() for part in pair):
+            raise ValueError(
+                f'{place}: expected the keys "prompt" and "completion", got {_shown(item)}'
+            )
+        pairs.append(pair)
+    if not pairs:
+        raise ValueError(f"expected at least one prompt with its completion, got none from {path}")
+    return pairs
+
+
 def split_by_hash(texts: Iterable[str], fractions: Mapping[str, float]) -> dict[str, list[str]]:
     """Split texts into parts by a hash of each text, so that equal texts always fall into one part.
 

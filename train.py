@@ -540,7 +540,7 @@ def run(common: Common, settings: Run) -> None:
 
 
 def sft(common: Common, settings: SFT) -> None:
-    """Warm-start a causal LM on texts; leaves the folder sft."""
+    """Warm-start a language model on texts; leaves the folder sft."""
     from agents.language_model import build_lm, load_named
     from agents.saving import replaced_folder
     from agents.sft import warm_start

@@ -345,20 +345,30 @@ class CachedDecoder(Decoder):
         The sub-batch is right-padded, as causal attention needs no mask then, and each row's keys
         are shifted to the right afterwards.
         """
-        known = length[rows] - 1
+        known = self._line_up(length, rows)
         longest = int(known.max())
-        if len(rows) == len(ids):
-            self._window.start = self._window.end = longest
-        elif longest > self._window.end:
-            self._move(longest)
-        end = self._window.end
-        self._first[rows] = end - known
         if longest > 0:
             prompt = ids[rows, :longest].clamp(min=0)
             cache = Cache(layers=[DynamicLayer() for _ in self._layers])
             run(self.lm, input_ids=prompt, past_key_values=cache, use_cache=True)
             self._take_over(cache, known, rows, len(ids))
+
+    def _line_up(self, length: th.Tensor, rows: th.Tensor) -> th.Tensor:
+        """Let the window have room for `rows` (k,); return how many tokens to prefill of each.
+
+        Args:
+            length: (n_slots,) int64, tokens of each slot's row.
+            rows: Slots that begin anew.
+        """
+        known = length[rows] - 1
+        longest = int(known.max())
+        if len(rows) == len(length):
+            self._window.start = self._window.end = longest
+        elif longest > self._window.end:
+            self._move(longest)
+        self._first[rows] = self._window.end - known
         self._window.start = int(self._first.min())
+        return known
 
     def _take_over(self, cache: Cache, known: th.Tensor, rows: th.Tensor, n_slots: int) -> None:
         """Write keys and values of the `known` first tokens of `rows`, both (k,), to their slots.
@@ -413,4 +423,9 @@ class CachedDecoder(Decoder):
 
 def n_layers(lm: PreTrainedModel) -> int:
     """Count the layers that keep keys and values."""
-    return len(DynamicCache(config=lm.config).layers)
+    return len(cache_of(lm).layers)
+
+
+def cache_of(lm: PreTrainedModel) -> DynamicCache:
+    """Return the cache that transformers would make for a model, or for its decoder."""
+    return DynamicCache(config=(lm.get_decoder() if lm.config.is_encoder_decoder else lm).config)

@@ -7,14 +7,15 @@ and slow, and said in a warning.
 import warnings
 
 import torch as th
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
 
-from agents.decoder import CachedDecoder, Decoder
+from agents.decoder import CachedDecoder, Decoder, cache_of
+from agents.seq2seq_decoder import Seq2SeqDecoder
 from agents.sequences import PAD
 from agents.state_decoder import StateDecoder
 from agents.states import close, example_ids
@@ -46,12 +47,12 @@ def decoder_for(lm: PreTrainedModel, dtype: th.dtype = th.float32) -> Decoder:
 
 def kind_of(lm: PreTrainedModel) -> tuple[type[Decoder], str]:
     """Return the decoder for the layers that transformers would cache; if none, the reason too."""
-    layers = DynamicCache(config=lm.config.get_text_config(decoder=True)).layers
+    layers = cache_of(lm).layers
     names = sorted({type(layer).__name__ for layer in layers})
     if all(type(layer) in ATTENTION for layer in layers):
         if getattr(lm.config.get_text_config(), "attention_chunk_size", None):
             return Decoder, "its attention is cut in chunks"
-        return CachedDecoder, ""
+        return (Seq2SeqDecoder if lm.config.is_encoder_decoder else CachedDecoder), ""
     if all(type(layer) is LinearAttentionLayer for layer in layers):
         return StateDecoder, ""
     return Decoder, f"its layers keep {' and '.join(names)}"

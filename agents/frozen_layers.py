@@ -182,9 +182,13 @@ def _parts(lm: PreTrainedModel) -> tuple[list[nn.Module], nn.ModuleList, list[nn
     behind: list[nn.Module] = []
     around: nn.Module = lm
     while around is not layers:
-        children = list(around.children())
-        place = next(i for i, part in enumerate(children) if layers in part.modules())
-        before += children[:place]
-        behind = children[place + 1 :] + behind
-        around = children[place]
+        children = list(around.named_children())
+        place = next(i for i, (_, part) in enumerate(children) if layers in part.modules())
+        for i, (name, part) in enumerate(children):
+            if i < place or (
+                i > place and "embed" in name
+            ):  # BART's norm of embeddings stands last
+                before.append(part)
+        behind = [p for name, p in children[place + 1 :] if "embed" not in name] + behind
+        around = children[place][1]
     return before, layers, behind

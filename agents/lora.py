@@ -12,9 +12,9 @@ from typing import Any
 import torch as th
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from agents.frozen_layers import stack_of
+from agents.packed import called_linears
 from agents.states import example_ids, sequence_states
 
 
@@ -73,7 +73,7 @@ def add_adapters(
 
 
 def linear_names(lm: PreTrainedModel, n_layers: int | None) -> list[str]:
-    """Return the full names of the linear layers in the model's last `n_layers` layers.
+    """Return the full names of the linear layers that are called in the last `n_layers` layers.
 
     Raises:
         ValueError: If there are none.
@@ -81,11 +81,7 @@ def linear_names(lm: PreTrainedModel, n_layers: int | None) -> list[str]:
     layers = list(stack_of(lm) or ())
     chosen = layers if n_layers is None else layers[max(0, len(layers) - n_layers) :]
     inside = {id(module) for layer in chosen for module in layer.modules()}
-    names = [
-        name
-        for name, module in lm.named_modules()
-        if id(module) in inside and isinstance(module, nn.Linear | Conv1D)
-    ]
+    names = [n for n in sorted(called_linears(lm)) if id(lm.get_submodule(n)) in inside]
     if not names:
         raise ValueError(
             f"lora: expected linear layers in the last {n_layers} of {len(layers)} layers of "

@@ -23,6 +23,7 @@ from transformers import (
 from agents.frozen_layers import freeze_below
 from agents.language_model import check_fit, check_positions
 from agents.sequences import TokenBatch
+from agents.states import no_end, prompt_lengths
 from agents.whole_texts import Row, TextModel, encode, whole_texts
 
 
@@ -70,10 +71,11 @@ def warm_start(
     similar length; dropout as the model has it.
 
     Args:
-        lm: A causal LM.
+        lm: A causal LM or encoder-decoder.
         tokenizer: Its tokenizer, with an EOS token.
-        texts: Texts, or (prompt, completion), of which the completion alone is learned; a random
-            tenth of them, `held_out` at most, is only measured on.
+        texts: Texts, or (prompt, completion), of which the completion alone is learned; an
+            encoder-decoder, whose encoder reads the prompt, needs those. A random tenth,
+            `held_out` at most, is only measured on.
         max_tokens: Longer texts, with their prompts, are cut there, and not ended; a text of
             which that leaves nothing to learn is passed over.
         epochs: Passes over the texts.
@@ -96,10 +98,21 @@ def warm_start(
         raise ValueError("expected a tokenizer with an EOS token, got none: texts could not end")
     if len(texts) < 2:
         raise ValueError(f"expected at least two texts to learn from, got {len(texts)}")
+    alone = next((text for text in texts if isinstance(text, str)), None)
+    if lm.config.is_encoder_decoder and alone is not None:
+        raise ValueError(
+            f"expected pairs of a prompt and its completion for {type(lm).__name__}, whose encoder "
+            f"reads the prompt, got the text {alone[:40]!r} alone"
+        )
     rows = encode(tokenizer, texts)
     for row in rows:
         row["input_ids"] = row["input_ids"][:max_tokens]
     rows = [row for row in rows if len(row["input_ids"]) > row["n_given"]]
+    if lm.config.is_encoder_decoder:
+        for row in rows:
+            ids, n_given = row["input_ids"], row["n_given"]
+            if int(prompt_lengths(lm, th.tensor([ids]))) != n_given:
+                raise no_end(lm, ids[:n_given])
     if len(rows) < 2:
         raise ValueError(
             f"expected at least two texts of which max_tokens={max_tokens} leaves something to "

@@ -7,7 +7,7 @@ from typing import Any
 import torch as th
 from transformers import DynamicCache
 
-from agents.decoder import CachedDecoder
+from agents.decoder import CachedDecoder, cache_of
 from agents.states import run
 
 
@@ -46,7 +46,7 @@ class StateDecoder(CachedDecoder):
             states[fresh] = 0
         for n_tokens in known[known > 0].unique().tolist():
             rows = fresh[known == n_tokens]
-            made = DynamicCache(config=self._source.config)
+            made = cache_of(self._source)
             self._run(ids[rows, :n_tokens], made)
             for (_, _, old), (_, _, new) in zip(tensors(self._states), tensors(made), strict=True):
                 old[rows] = new
@@ -54,7 +54,7 @@ class StateDecoder(CachedDecoder):
 
     def _empty(self, n_slots: int) -> DynamicCache:
         """Make states of `n_slots` rows that have seen nothing, which are 0."""
-        cache = DynamicCache(config=self._source.config)
+        cache = cache_of(self._source)
         self._run(th.zeros(1, 1, dtype=th.long, device=self._source.device), cache)
         for found, place, states in list(tensors(cache)):
             found[place] = states.new_zeros(n_slots, *states.shape[1:])

@@ -169,25 +169,9 @@ class Halves(NamedTuple):
 
 
 def halves(lm: PreTrainedModel, ids: th.Tensor) -> Halves:
-    """Cut sequences (B, L) behind their first end-of-text token, which ends the prompt.
-
-    Tokenizers of such models put it there; a completion has ended with its own, so that a text
-    under way has one at most, and an observation alone tells where its prompt ends.
-
-    Raises:
-        ValueError: If a sequence has no end-of-text token.
-    """
-    start, ends = special_tokens(lm)
-    is_end = th.isin(ids, th.tensor(ends, device=ids.device))
-    if not bool(is_end.any(dim=1).all()):
-        text = ids[int((~is_end.any(dim=1)).nonzero()[0, 0])]
-        raise ValueError(
-            f"expected prompts that end with an end-of-text token, one of {ends}, as the encoder "
-            f"of {type(lm).__name__} reads them, got {text[text != PAD].tolist()}: let the "
-            "tokenizer add it (T5's does), or write it at the end of each prompt"
-        )
-    n_prompt = is_end.long().argmax(dim=1) + 1
-    length = lengths(ids)
+    """Cut sequences (B, L), right-padded with -1, behind their prompts."""
+    start, _ = special_tokens(lm)
+    n_prompt, length = prompt_lengths(lm, ids), lengths(ids)
     column = th.arange(int(n_prompt.max()), device=ids.device)
     prompt = ids[:, : len(column)].masked_fill(column >= n_prompt[:, None], PAD)
     column = th.arange(int((length - n_prompt).max()) + 1, device=ids.device)
@@ -195,6 +179,32 @@ def halves(lm: PreTrainedModel, ids: th.Tensor) -> Halves:
     completion = ids.gather(1, source).masked_fill(column > (length - n_prompt)[:, None], PAD)
     completion[:, 0] = start
     return Halves(prompt, completion)
+
+
+def prompt_lengths(lm: PreTrainedModel, ids: th.Tensor) -> th.Tensor:
+    """Count the tokens of each sequence's prompt (B,), which its first end-of-text token ends.
+
+    Tokenizers of encoder-decoders put it there; a completion has ended with its own, so that a text
+    under way has one, and an observation alone tells where its prompt ends.
+
+    Raises:
+        ValueError: If a sequence (B, L) has no end-of-text token.
+    """
+    _, ends = special_tokens(lm)
+    is_end = th.isin(ids, th.tensor(ends, device=ids.device))
+    if not bool(is_end.any(dim=1).all()):
+        text = ids[int((~is_end.any(dim=1)).nonzero()[0, 0])]
+        raise no_end(lm, text[text != PAD].tolist())
+    return is_end.long().argmax(dim=1) + 1
+
+
+def no_end(lm: PreTrainedModel, prompt: list[int]) -> ValueError:
+    """Return the error that a prompt does not end as an encoder's must."""
+    return ValueError(
+        f"expected prompts that end with their only end-of-text token, one of "
+        f"{special_tokens(lm)[1]}, for the encoder of {type(lm).__name__}, got {prompt}: let the "
+        "tokenizer add it (T5's does), or write it at the end of each prompt"
+    )
 
 
 def special_tokens(lm: PreTrainedModel) -> tuple[int, list[int]]:

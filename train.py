@@ -1337,7 +1337,10 @@ def loop(common: Common, settings: Loop) -> None:
         if not is_done(turn, "reward"):
             reward(turn, replace(settings.reward, feedback=records, judge_feedback=None))
         if not is_done(turn, "ppo"):
-            ppo(turn, replace(settings.ppo, policy=policy, reward_model=str(model)))
+            training = replace(settings.ppo, policy=policy, reward_model=str(model))
+            if any(here.glob("ppo.unfinished/checkpoints/step-*")):
+                training = as_begun(turn, replace(training, resume=here), asked=("resume",))
+            ppo(turn, training)
         if not is_done(turn, "evaluate"):
             evaluate(turn, settings.evaluate)
         policy, ensemble = str(trained), model if settings.reward.members > 1 else None
@@ -2308,7 +2311,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signum = getattr(error, "signum", None)  # StoppedBySignal, which is not imported here
         if signum is None:
             raise
-        say(f"train.py {name}: {error}: python train.py ppo --resume {common.run}")
+        again = (
+            "the same command" if name == "loop" else f"python train.py ppo --resume {common.run}"
+        )
+        say(f"train.py {name}: {error}: {again}")
         return 128 + int(signum)
     return code or 0
 

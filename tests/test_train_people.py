@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from test_train import finished, own  # noqa: F401
+from test_train_resume import stop_in
 
 import train
 from reward_models import read_feedback
@@ -188,7 +189,12 @@ def test_simulated_people_can_be_weighed_by_their_agreement(own, tmp_path) -> No
 
 
 @pytest.mark.slow
-def test_a_loop_waits_for_people(own, tmp_path, capsys) -> None:  # noqa: F811
+def test_a_loop_waits_for_people_and_goes_on_in_mid_training(
+    own,  # noqa: F811
+    tmp_path,
+    capsys,
+    monkeypatch,
+) -> None:
     line = loop_line(own, 1, "real")
     assert command(line, tmp_path) == 0
     assert "0 of 8 comparisons have an answer" in capsys.readouterr().out
@@ -196,5 +202,13 @@ def test_a_loop_waits_for_people(own, tmp_path, capsys) -> None:  # noqa: F811
     with FeedbackStore(tmp_path / "feedback.sqlite") as store:
         while (asked := store.next_task("ann")) is not None:
             store.answer(asked.id, "ann", "left")
+    with monkeypatch.context() as patch:
+        stop_in(patch, 1)
+        assert command(line, tmp_path) == 143
+    assert (
+        "stopped by SIGTERM" in (said := capsys.readouterr().out) and ": the same command" in said
+    )
+    assert not (tmp_path / "round-1" / "policy").exists()
     assert command(line, tmp_path) == 0
+    assert "from " in capsys.readouterr().out
     assert (tmp_path / "round-1" / "policy").exists() and (tmp_path / "loop.md").exists()

@@ -35,17 +35,15 @@ from agents.kl import KLController
 from agents.language_model import LM, Reference
 from agents.policy import CausalLMPolicy
 from agents.random_state import set_random_states
-from agents.training_state import (
-    COUNTERS,
-    Stored,
+from agents.rebuilding import (
     chosen,
     parameters_in,
     rebuilt_attributes,
     set_parameters,
     set_reference,
-    training_state,
     warn_of_another_machine,
 )
+from agents.training_state import COUNTERS, Stored, training_state
 
 PICKLE = (
     "which holds pickles: loading one runs whatever code is in it. Set allow_pickle if you trust "

@@ -1,5 +1,6 @@
 """What a training that goes on must leave behind, must refuse, and must say."""
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 from checkpoint_fixtures import count_a, decay, make_env, make_model
-from conftest import letter_tokenizer
+from conftest import letter_tokenizer, tiny_gpt2
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from agents import CheckpointFolderCallback, DoctorCallback, TokenPPO, newest_whole
 from agents.checkpoint import read_checkpoint, write_checkpoint
@@ -166,3 +169,40 @@ def test_wrappers_of_other_settings_are_refused(tmp_path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             TokenPPO.load(tmp_path / "model", env, "cpu", learning_rate=decay)
+
+
+def relu() -> PreTrainedModel:
+    config = copy.copy(tiny_gpt2(9, width=16).config)
+    config.activation_function = "relu"
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("temperature: 1.0 in the checkpoint, 0.5 from", {"policy_kwargs": {"temperature": 0.5}}),
+        ("whiten_advantages: True in the checkpoint, False", {"normalize_advantage": False}),
+        (
+            "whiten_advantages: True in the checkpoint, False",
+            {"rollout_buffer_kwargs": {"whiten_advantages": False}},
+        ),
+        ("lm: another configuration, activation_function 'gelu_new' in the", relu),
+    ],
+)
+def test_other_settings_than_the_checkpoints_are_listed(tmp_path, message, changes) -> None:
+    make_model().save(tmp_path / "model")
+    given = {"policy_kwargs": {"lm": relu()}} if changes is relu else changes
+    with pytest.warns(UserWarning, match=message):
+        TokenPPO.load(tmp_path / "model", make_env(), "cpu", learning_rate=decay, **given)
+
+
+def test_the_same_settings_given_again_are_no_others(tmp_path) -> None:
+    make_model().save(tmp_path / "model")
+    tiny_gpt2(9, width=16).save_pretrained(tmp_path / "lm")
+    given = {"policy_kwargs": {"lm": str(tmp_path / "lm"), "temperature": 1.0}, "n_steps": 8}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TokenPPO.load(tmp_path / "model", make_env(), "cpu", learning_rate=decay, **given)
+    given = {"policy_kwargs": {"optimizer_class": th.optim.SGD}}
+    with pytest.raises(ValueError, match=r"with the checkpoint's Adam.*, got SGD"):
+        TokenPPO.load(tmp_path / "model", make_env(), "cpu", learning_rate=decay, **given)

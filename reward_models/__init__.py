@@ -22,6 +22,7 @@ from reward_models.feedback.simulated import SimulatedAnnotator
 from reward_models.feedback.weights import agreement_weights
 from reward_models.http_reward import HTTPRewardError, HTTPRewardModel
 from reward_models.http_server import reward_server
+from reward_models.shaping import PotentialShaping
 from reward_models.terms import (
     LengthReward,
     LexiconSentiment,
@@ -45,6 +46,7 @@ __all__ = [
     "LearnedRewardModel",
     "LengthReward",
     "LexiconSentiment",
+    "PotentialShaping",
     "Rating",
     "RepetitionPenalty",
     "RewardEnsemble",

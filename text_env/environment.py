@@ -42,7 +42,9 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
 
     ## Rewards
     0 at each token but the last. At the last one the score, less `missing_eos_penalty` if the
-    budget ran out.
+    budget ran out. Where the reward function scores each token, the score is their sum, and it is
+    still paid at the end: only then is the function asked. `token_scores` in the information lets
+    an agent divide it up, as TokenPPO does.
 
     ## Episode End
     Always with `terminated=True`, and a `finish_reason`:
@@ -55,7 +57,8 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
     ## Information
     Empty until the end; then `prompt`, `completion` (without end token, cut before the stop text,
     decoded as a whole), `score`, `finish_reason`, `n_tokens` (all tokens generated, the end token
-    included), and the prompt's further columns under their own names.
+    included), and the prompt's further columns under their own names. Also `token_scores`, a list
+    of `n_tokens` numbers whose sum is the score, where the reward function gave such.
 
     ## Arguments
     - `tokenizer`: a transformers tokenizer, or the folder or hub id of one.
@@ -63,7 +66,9 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
       `{"role", "content"}`, put through the chat template), or of dicts with the key "prompt" and
       further columns, such as a `datasets` split.
     - `reward_fn`: called as `reward_fn(prompts=[...], completions=[...], **columns)`, gives one
-      number per completion (see `text_env.RewardFunction`); or its place, "module:name".
+      number per completion (see `text_env.RewardFunction`); or its place, "module:name". If its
+      signature names `completion_ids` or `completion_pieces` (the text that each token adds), it is
+      given these and may give a list per completion, one number per token, end token included.
     - `max_new_tokens=48`: longest completion, in tokens, end token included.
     - `max_prompt_tokens=None`: longest prompt, in tokens; None takes the longest one given.
     - `prompt_too_long="error"`: or "truncate_left", which drops the oldest tokens.

@@ -13,7 +13,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils import seeding
 
 from text_env.prompts import FixedOrder, Prompt, PromptOrder, ShuffledOrder
-from text_env.scoring import score
+from text_env.scoring import TOKENS, asked_for, score
 from text_env.task import TextTask
 
 PADDING = -1
@@ -269,22 +269,39 @@ class Episodes:
             name: [prompt.columns[name] for prompt in prompts]
             for name in self.task.prompts.column_names
         }
+        for name in asked_for(self.task.reward_fn).difference(columns):
+            columns[name] = self._tokens(name, rows, completions)
         texts = [prompt.text for prompt in prompts]
+        n_tokens = (self.lengths[rows] - self.prompt_lengths[rows]).tolist()
         scores = score(
-            self.task.reward_fn, texts, list(completions), columns, self.task.allow_nonfinite
+            self.task.reward_fn,
+            texts,
+            list(completions),
+            columns,
+            n_tokens,
+            self.task.allow_nonfinite,
         )
-        n_tokens = self.lengths[rows] - self.prompt_lengths[rows]
         return {
             int(row): {
                 "prompt": prompts[i].text,
                 "completion": completions[i],
-                "score": scores[i],
+                **_scores_in_info(scores[i]),
                 "finish_reason": FINISH_REASONS[reasons[i]],
-                "n_tokens": int(n_tokens[i]),
+                "n_tokens": n_tokens[i],
                 **copy.deepcopy(prompts[i].columns),  # users keep and change infos
             }
             for i, row in enumerate(rows)
         }
+
+    def _tokens(self, name: str, rows: np.ndarray, completions: list[str]) -> list[Any]:
+        """What a reward function has asked for, one of `TOKENS`."""
+        ids = [self._completion_ids(row) for row in rows]
+        if name == TOKENS[0]:
+            return [row_ids.tolist() for row_ids in ids]
+        return [
+            self.task.vocabulary.pieces(self._prompt(row).ids, row_ids, completion)
+            for row, row_ids, completion in zip(rows, ids, completions, strict=True)
+        ]
 
     def _completion(self, row: int, reason: int) -> str:
         text = self._text(row, without_last=reason == _EOS)
@@ -369,6 +386,12 @@ class Episodes:
             return self.task.prompts[state["number"]]
         ids = np.array(state["ids"], dtype=np.int64)
         return Prompt(state["text"], ids, dict(state["columns"]), None)
+
+
+def _scores_in_info(value: float | list[float]) -> dict[str, Any]:
+    if isinstance(value, list):
+        return {"score": sum(value), "token_scores": value}
+    return {"score": value}
 
 
 def _prompt_state(prompt: Prompt) -> dict[str, Any]:

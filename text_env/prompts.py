@@ -23,6 +23,7 @@ Record = dict[str, Any]
 RESERVED_COLUMNS = frozenset(
     {
         *("prompt", "prompts", "completion", "completions", "score", "finish_reason", "n_tokens"),
+        "token_scores",
         *("episode", "terminal_observation", "TimeLimit.truncated", "final_obs", "final_info"),
     }
 )

@@ -1,9 +1,11 @@
 """The border to the reward: one callable, batched, text in, one score per completion out.
 
-Leaves out every reward itself, and when a score is paid (`episodes`).
+Or, from a function that asks for the tokens, one score per token. Leaves out every reward itself,
+and when a score is paid (`episodes`).
 """
 
 import importlib
+import inspect
 import math
 import numbers
 from collections.abc import Sequence
@@ -23,12 +25,30 @@ class RewardFunction(Protocol):
         Args:
             prompts: B prompts.
             completions: B completions, without prompt, end token, and stop text.
-            **columns: The prompts' further columns, B values each.
+            **columns: The prompts' further columns, B values each. A function whose signature
+                names one of `TOKENS` is given that too.
 
         Returns:
-            B finite numbers, higher is better.
+            B finite numbers, higher is better; or, for a completion, a list of one number per
+            token, the end token included, whose sum is the score.
         """
         ...
+
+
+TOKENS = ("completion_ids", "completion_pieces")
+"""What a reward function is told about tokens if its signature names it, or its `asks_for`: lists
+of ids, as TRL gives them, or of what each token adds to the text; the end token included."""
+
+
+def asked_for(reward_fn: RewardFunction) -> set[str]:
+    """Which of `TOKENS` a reward function asks for, by its `asks_for` or its signature."""
+    named = getattr(reward_fn, "asks_for", None)
+    if named is None:
+        try:
+            named = inspect.signature(reward_fn).parameters
+        except (TypeError, ValueError):  # some callables of C code have none
+            return set()
+    return set(TOKENS) & set(named)
 
 
 def load_reward(reward_fn: "RewardFunction | str") -> RewardFunction:
@@ -59,8 +79,9 @@ def score(
     prompts: list[str],
     completions: list[str],
     columns: dict[str, list[Any]],
+    n_tokens: list[int],
     allow_nonfinite: bool = False,
-) -> list[float]:
+) -> list[float | list[float]]:
     """Call the reward function once and check its answer.
 
     Args:
@@ -68,11 +89,16 @@ def score(
         prompts: B prompts.
         completions: B completions.
         columns: Further columns, B values each.
+        n_tokens: Tokens of each completion.
         allow_nonfinite: Hand NaN and infinity on, to an agent that leaves such episodes out.
+
+    Returns:
+        B scores; lists of one per token where the function gave such.
 
     Raises:
         RewardError: The function raised an error.
-        ValueError: Not one finite number per completion. Either message names the prompt.
+        ValueError: Not one finite number per completion, or per token of one. Either message names
+            the prompt.
     """
     first = f"first of {len(prompts)} prompts {shorten(prompts[0])}"
     try:
@@ -82,8 +108,8 @@ def score(
         raise RewardError(
             f"reward_fn: {name} raised {type(error).__name__}: {error} ({first})"
         ) from error
-    values = answer.tolist() if hasattr(answer, "tolist") else answer  # arrays and tensors
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+    values = _plain(answer)
+    if not _is_list(values):
         raise ValueError(
             f"reward_fn: expected a sequence of {len(prompts)} numbers, "
             f"got {type(answer).__name__} ({first})"
@@ -93,14 +119,38 @@ def score(
             f"reward_fn: expected {len(prompts)} scores, one per completion, got {len(values)} "
             f"({first})"
         )
-    scores = [value.item() if hasattr(value, "item") else value for value in values]
-    for value, prompt, completion in zip(scores, prompts, completions, strict=True):
-        if not isinstance(value, numbers.Real) or not (_is_float32(value) or allow_nonfinite):
+    scores: list[float | list[float]] = []
+    for value, prompt, completion, n in zip(values, prompts, completions, n_tokens, strict=True):
+        place = f"for the completion {shorten(completion)} of the prompt {shorten(prompt)}"
+        value = _plain(value)
+        if not _is_list(value):
+            scores.append(_checked(value, place, allow_nonfinite))
+            continue
+        if len(value) != n:
             raise ValueError(
-                f"reward_fn: expected a finite number, got {shorten(repr(value))[1:-1]} for the "
-                f"completion {shorten(completion)} of the prompt {shorten(prompt)}"
+                f"reward_fn: expected a number, or {n}, one per token, got {len(value)} {place}"
             )
-    return [float(value) if _is_float32(value) else _infinite(value) for value in scores]
+        parts = [_checked(_plain(part), place, allow_nonfinite) for part in value]
+        _checked(sum(parts), place, allow_nonfinite)
+        scores.append(parts)
+    return scores
+
+
+def _plain(value: Any) -> Any:
+    """A value without its array or tensor."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _checked(value: Any, place: str, allow_nonfinite: bool) -> float:
+    if not isinstance(value, numbers.Real) or not (_is_float32(value) or allow_nonfinite):
+        raise ValueError(
+            f"reward_fn: expected a finite number, got {shorten(repr(value))[1:-1]} {place}"
+        )
+    return float(value) if _is_float32(value) else _infinite(value)
 
 
 def _is_float32(value: Any) -> bool:

@@ -269,7 +269,8 @@ class Episodes:
             name: [prompt.columns[name] for prompt in prompts]
             for name in self.task.prompts.column_names
         }
-        for name in asked_for(self.task.reward_fn).difference(columns):
+        asked = asked_for(self.task.reward_fn).difference(columns)
+        for name in asked:
             columns[name] = self._tokens(name, rows, completions)
         texts = [prompt.text for prompt in prompts]
         n_tokens = (self.lengths[rows] - self.prompt_lengths[rows]).tolist()
@@ -278,7 +279,7 @@ class Episodes:
             texts,
             list(completions),
             columns,
-            n_tokens,
+            n_tokens if asked else None,
             self.task.allow_nonfinite,
         )
         return {

@@ -79,7 +79,7 @@ def score(
     prompts: list[str],
     completions: list[str],
     columns: dict[str, list[Any]],
-    n_tokens: list[int],
+    n_tokens: list[int] | None = None,
     allow_nonfinite: bool = False,
 ) -> list[float | list[float]]:
     """Call the reward function once and check its answer.
@@ -89,7 +89,8 @@ def score(
         prompts: B prompts.
         completions: B completions.
         columns: Further columns, B values each.
-        n_tokens: Tokens of each completion.
+        n_tokens: Tokens of each completion, if the function was told of them: it may give a list
+            of as many numbers then.
         allow_nonfinite: Hand NaN and infinity on, to an agent that leaves such episodes out.
 
     Returns:
@@ -120,15 +121,15 @@ def score(
             f"({first})"
         )
     scores: list[float | list[float]] = []
-    for value, prompt, completion, n in zip(values, prompts, completions, n_tokens, strict=True):
-        place = f"for the completion {shorten(completion)} of the prompt {shorten(prompt)}"
-        value = _plain(value)
-        if not _is_list(value):
+    for i, value in enumerate(map(_plain, values)):
+        place = f"for the completion {shorten(completions[i])} of the prompt {shorten(prompts[i])}"
+        if n_tokens is None or not _is_list(value):
             scores.append(_checked(value, place, allow_nonfinite))
             continue
-        if len(value) != n:
+        if len(value) != n_tokens[i]:
             raise ValueError(
-                f"reward_fn: expected a number, or {n}, one per token, got {len(value)} {place}"
+                f"reward_fn: expected a number, or {n_tokens[i]}, one per token, got {len(value)} "
+                f"{place}"
             )
         parts = [_checked(_plain(part), place, allow_nonfinite) for part in value]
         _checked(sum(parts), place, allow_nonfinite)

@@ -63,8 +63,9 @@ class TokenPPO(ResumablePPO):
     """PPO over tokens (Schulman et al. 2017, eq. 7), with advantages by GAE (2016, eq. 16).
 
     The reward of each token is r_t − β·(log π(a_t) − log π_ref(a_t)), where r_t is the
-    environment's (the score at an episode's last token, else 0) and π_ref a frozen copy of the
-    policy as it was at the start. Statistics that `Monitor` or our own `TextVecEnv` keep are of
+    environment's (the score at an episode's last token, else 0; or, where the ended episode's
+    `info` has `token_scores`, each token's own) and π_ref a frozen copy of the policy as it was at
+    the start. Statistics that `Monitor` or our own `TextVecEnv` keep are of
     the environment's reward, before the penalty.
 
     Attributes:

@@ -51,8 +51,10 @@ class WeightScheduleCallback(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         # A rollout that goes on from a checkpoint begins at the tokens that it began at.
-        tokens = getattr(self.model, "_tokens_before", self.num_timesteps)
-        weight = float(np.interp(tokens, *zip(*self.points, strict=True)))
+        tokens = getattr(self.model, "_tokens_before", None)
+        tokens = self.num_timesteps if tokens is None else tokens
+        places, weights = zip(*self.points, strict=True)
+        weight = float(np.interp(tokens, places, weights))
         self.set_weight(weight)
         self.logger.record(f"rollout/{self.name}", weight)
 

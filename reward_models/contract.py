@@ -76,7 +76,7 @@ def ask(
         )
     parts: list[np.ndarray] = []
     for part, completion in zip(answer, completions, strict=True):
-        numbers = np.atleast_1d(np.asarray(part))
+        numbers: Any = np.atleast_1d(np.asarray(part))
         parts.append(checked_scores(numbers, [completion] * len(numbers)))
     return parts
 

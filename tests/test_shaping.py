@@ -12,7 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from text_env_fixtures import character_tokenizer, gpt2_tokenizer, llama_tokenizer
 
 from agents import TokenPPO, WeightScheduleCallback
-from reward_models import LengthReward, PotentialShaping, WeightedSum
+from reward_models import LengthReward, PotentialShaping, TimeLimitedReward, WeightedSum
 from text_env import TextEnvironment, TextVecEnv, TextVectorEnv
 
 LETTERS = "ab"
@@ -138,6 +138,7 @@ def test_a_weighted_sum_adds_whole_scores_at_the_last_token() -> None:
     two = WeightedSum([(of_tokens, 1), (lambda completion_ids, **_: [[1.0, 1.0]], 1)])
     with pytest.raises(ValueError, match="expected scores of 3 tokens, got 2"):
         two(prompts=[">"], completions=["ab"], completion_ids=[[0, 1, EOS]])
+    assert TimeLimitedReward(total, 1.0).asks_for == {"completion_ids"}
     plain = WeightedSum([(whole, 1)])
     assert plain.asks_for == set() and plain(**told).tolist() == [2.0, 1.0]
 

@@ -4,6 +4,7 @@
     python train.py STAGE --help         one stage alone: sft, reward, ppo, evaluate
     python train.py run --config F.yaml  the same with a file of settings
     python train.py check --model M --reward R   in a minute: would a run with these work?
+    python train.py tune --run RUN       better settings of PPO; chat RUN: talk with its policy
     python train.py annotate, feedback, compare, loop   with people, or simulated ones: --help
     torchrun --nproc-per-node 2 -- train.py …   the same, PPO on several processes
 

@@ -4,6 +4,7 @@
     python train.py STAGE --help         one stage alone: sft, reward, ppo, evaluate
     python train.py run --config F.yaml  the same with a file of settings
     python train.py check --model M --reward R   in a minute: would a run with these work?
+    python train.py tune --run RUN       better settings of PPO; chat RUN: talk with its policy
     python train.py annotate, feedback, compare, loop   with people, or simulated ones: --help
     torchrun --nproc-per-node 2 -- train.py …   the same, PPO on several processes
 
@@ -1071,6 +1072,7 @@ def scores_of(
     import numpy as np
 
     from reward_models import WeightedSum
+    from reward_models.contract import asked_for
 
     prompts, completions = texts_of(episodes)
     given: dict[str, Any] = {"prompts": prompts, "completions": completions}
@@ -1078,6 +1080,9 @@ def scores_of(
     found: dict[str, np.ndarray] = {}
     for key, scorer in scorers.items():
         if key in found:  # a metric that is a term of the reward too
+            continue
+        if asked_for(scorer):  # of tokens, which only the environment has shown it
+            found[key] = np.array([episode["score"] for episode in episodes])
             continue
         if isinstance(scorer, WeightedSum):
             parts = scorer.parts(**given)

@@ -182,7 +182,7 @@ def _distribution(described: Any, value: Any) -> BaseDistribution:
     if unknown := sorted(set(described) - {"low", "high", "log", "step"}):
         raise ValueError(f"expected low, high, log and step, got {unknown}")
     # YAML takes 1e-4, without a point, for a text.
-    ends = {k: float(v) if isinstance(v, str) else v for k, v in described.items()}
+    ends: dict[str, Any] = {k: float(v) if isinstance(v, str) else v for k, v in described.items()}
     if all(isinstance(ends[end], int) for end in ("low", "high")):
         return IntDistribution(**ends)
     if whole:

@@ -5,13 +5,13 @@ from typing import Any
 import optuna
 from matplotlib.figure import Figure
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from agents.callbacks import table
 from agents.tuning import AS_THEY_WERE, Objective, trials_of
 
-ENOUGH = 8
-"""Whole trials from which importances are told; of fewer they would be noise."""
+ENOUGH = 12
+"""Trials from which importances are told; of fewer they would be noise."""
 
 BLUE, GREY, RED = "#1f5fa8", "#9a9a9a", "#b5332e"
 
@@ -32,14 +32,21 @@ def value_of(trial: FrozenTrial) -> float:
 def importances(study: optuna.Study) -> dict[str, float]:
     """Return how much each setting mattered, 0 to 1, summing to 1; empty while it can't be told.
 
-    How far the settings of the best quarter of the whole trials differ from those of all.
+    How far the settings of the better half of the trials differ from those of all. Pruned trials
+    count, with what they had: the whole ones alone are all good, and their differences are chance.
 
     Source: PED-ANOVA, Watanabe et al. 2023.
     """
-    values = {trial.value for trial in study.get_trials(states=(TrialState.COMPLETE,))}
-    if len(values) < ENOUGH:
+    known = optuna.create_study(direction="maximize")
+    for trial in trials_of(study):
+        value = value_of(trial)
+        if trial.state.is_finished() and value > float("-inf"):
+            known.add_trial(create_trial(
+                params=trial.params, distributions=trial.distributions, value=value
+            ))  # fmt: skip
+    if len({trial.value for trial in known.trials}) < ENOUGH:
         return {}
-    return get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(target_quantile=0.25))
+    return get_param_importances(known, evaluator=PedAnovaImportanceEvaluator(target_quantile=0.5))
 
 
 def as_markdown(study: optuna.Study, objective: Objective, budget: str) -> str:
@@ -64,7 +71,7 @@ def as_markdown(study: optuna.Study, objective: Objective, budget: str) -> str:
         "## What mattered",
         table([{"setting": name, "importance": share} for name, share in weight.items()])
         if weight
-        else f"Told from {ENOUGH} whole trials on.",
+        else f"Told from {ENOUGH} trials on.",
         "![history and importances](tune.png)",
     ]
     return "\n\n".join(parts) + "\n"
@@ -127,7 +134,7 @@ def picture(study: optuna.Study) -> Figure:
     history.set(xlabel="trial", ylabel="objective", title="● whole  × pruned  — best so far")
     names = list(reversed(weight))
     bars.barh(names, [weight[name] for name in names], color=BLUE)
-    bars.set(xlabel="importance" if weight else f"importance: from {ENOUGH} whole trials on")
+    bars.set(xlabel="importance" if weight else f"importance: from {ENOUGH} trials on")
     for axis in (history, bars):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -23,6 +23,7 @@ from reward_models.feedback.weights import agreement_weights
 from reward_models.http_reward import HTTPRewardError, HTTPRewardModel
 from reward_models.http_server import reward_server
 from reward_models.references import Bleu, ChrF, ExactMatch, Rouge, self_bleu
+from reward_models.shaping import PotentialShaping
 from reward_models.terms import (
     LengthReward,
     LexiconSentiment,
@@ -49,6 +50,7 @@ __all__ = [
     "LearnedRewardModel",
     "LengthReward",
     "LexiconSentiment",
+    "PotentialShaping",
     "Rating",
     "RepetitionPenalty",
     "RewardEnsemble",

@@ -1,12 +1,13 @@
 """Reward functions made of others, given as such or by name. Learned ensembles are not here."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from reward_models.contract import RewardFunction, checked_scores
+from reward_models.contract import RewardFunction, ask, asked_for
 from reward_models.references import METRICS
 from reward_models.terms import LengthReward, RepetitionPenalty
 
@@ -20,6 +21,8 @@ TERMS: dict[str, Callable[..., Any]] = {
 
 class WeightedSum:
     """Scores a completion by the weighted sum of its terms' scores.
+
+    Terms may score each token; the scores of others are added at the last token then.
 
     Args:
         terms: the weight of each reward function, as a mapping or as pairs.
@@ -40,27 +43,48 @@ class WeightedSum:
         own = [getattr(term, "__name__", type(term).__name__) for term, _ in self.terms]
         self.names = own if names is None else list(names)
 
+    @property
+    def asks_for(self) -> set[str]:
+        """What one of the terms asks for."""
+        return set().union(*(asked_for(term) for term, _ in self.terms))
+
+    def set_weight(self, number: int, weight: float) -> None:
+        """Change the weight of a term, by its number from 0: for a schedule."""
+        self.terms[number] = (self.terms[number][0], weight)
+
     def __call__(
         self, *, prompts: Sequence[str], completions: Sequence[str], **columns: Any
-    ) -> np.ndarray:
+    ) -> Sequence[float]:
         """Score each completion; see `RewardFunction`.
 
         Raises:
             ValueError: if a term returns a wrong number of scores or one that is not finite.
         """
-        return self.total(self.parts(prompts=prompts, completions=completions, **columns))
+        total = [np.zeros(1) for _ in completions]
+        asked = self._ask(prompts, completions, columns)
+        for (_, weight), name, scores in zip(self.terms, self.names, asked, strict=True):
+            with _named(name):
+                total = [
+                    add_at_end(sofar, weight * part)
+                    for sofar, part in zip(total, scores, strict=True)
+                ]
+        return in_contract(total)
 
     def parts(
         self, *, prompts: Sequence[str], completions: Sequence[str], **columns: Any
     ) -> list[np.ndarray]:
-        """Score each completion by each term, before weights; raises as a call does."""
+        """Score each completion by each term, before weights: (B,) each; raises as a call does."""
+        asked = self._ask(prompts, completions, columns)
+        return [np.array([part.sum() for part in scores]) for scores in asked]
+
+    def _ask(
+        self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Any]
+    ) -> list[list[np.ndarray]]:
+        """By term and completion, its scores: shape (1,), or (tokens,)."""
         found = []
         for (term, _), name in zip(self.terms, self.names, strict=True):
-            scores = term(prompts=prompts, completions=completions, **columns)
-            try:
-                found.append(checked_scores(scores, completions))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+            with _named(name):
+                found.append(ask(term, prompts, completions, columns))
         return found
 
     def total(self, parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -96,3 +120,33 @@ def weighted_sum(
             raise ValueError(f"{name}: expected its settings, got {arguments} ({error})") from error
         terms.append((term, float(weight)))
     return WeightedSum(terms, list(settings))
+
+
+@contextmanager
+def _named(term: str) -> Iterator[None]:
+    """Put a term's name before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{term}: {error}") from error
+
+
+def add_at_end(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Add scores of tokens, where a single one is the last token's.
+
+    Raises:
+        ValueError: if both are of tokens, and of different numbers of them.
+    """
+    short, long = sorted((one, other), key=len)
+    if len(short) not in (1, len(long)):
+        raise ValueError(f"expected scores of {len(long)} tokens, got {len(short)}")
+    result = long.copy()
+    result[-len(short) :] += short
+    return result
+
+
+def in_contract(scores: Sequence[np.ndarray]) -> Any:
+    """Return scores of completions, (B,), or lists of those of tokens where there are such."""
+    if all(len(part) == 1 for part in scores):
+        return np.array([part[0] for part in scores], dtype=np.float64)
+    return [part.tolist() for part in scores]

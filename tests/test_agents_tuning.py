@@ -158,7 +158,7 @@ def test_a_trial_that_fails_counts_and_the_first_is_an_error(tmp_path, space) ->
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
     report = tuning_report.as_markdown(study, OBJECTIVE, "10 tokens each")
     assert "expected finite logits, got nan" in report and "3 trials: 10 tokens each" in report
-    assert "the settings as they were had" in report and "from 8 whole trials on" in report
+    assert "the settings as they were had" in report and "from 12 trials on" in report
     assert tuning_report.picture(study).get_axes()
 
 

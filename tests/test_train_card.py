@@ -37,11 +37,13 @@ def test_a_card_says_what_was_measured_and_how_to_load_it(own, tmp_path) -> None
     train_in(tmp_path, own)
     first = (tmp_path / "policy/README.md").read_text()
     assert "## Results" not in first and "0.02 score units per nat" in first
+    before = train.digest_of(tmp_path / "policy")
     line = (
         f"evaluate --run {tmp_path} --prompts {own}/prompts.txt --best_of 1 --device cpu "
         f"--reward_model {own}/encoder"
     )
     assert train.main(line.split()) == 0
+    assert train.digest_of(tmp_path / "policy") == before  # a later training goes on from it
     text = (tmp_path / "policy/README.md").read_text()
     card = ModelCard.load(tmp_path / "policy/README.md")
     assert card.data.base_model == "hub/base" and card.data.library_name == "transformers"

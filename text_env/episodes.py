@@ -13,7 +13,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils import seeding
 
 from text_env.prompts import FixedOrder, Message, Prompt, PromptOrder, ShuffledOrder
-from text_env.scoring import score
+from text_env.scoring import TOKENS, score
 from text_env.task import TextTask
 
 PADDING = -1
@@ -325,20 +325,38 @@ class Episodes:
                 }
                 for prompt, messages in zip(prompts, said, strict=True)
             ]
-        scores = score(self.task.reward_fn, *scored, columns, self.task.allow_nonfinite)
-        n_tokens = self.written[rows] + self.lengths[rows] - self.starts[rows]
+        n_tokens = (self.written[rows] + self.lengths[rows] - self.starts[rows]).tolist()
+        for name in self.task.asked_for:
+            columns[name] = self._tokens(name, rows, texts)
+        scores = score(
+            self.task.reward_fn,
+            *scored,
+            columns,
+            n_tokens if self.task.asked_for else None,
+            self.task.allow_nonfinite,
+        )
         return {
             int(row): {
                 "prompt": prompts[i].text,
                 "completion": texts[i],
-                "score": scores[i],
+                **_scores_in_info(scores[i]),
                 "finish_reason": FINISH_REASONS[reasons[i]],
-                "n_tokens": int(n_tokens[i]),
+                "n_tokens": n_tokens[i],
                 **conversations[i],
                 **copy.deepcopy(prompts[i].columns),  # users keep and change infos
             }
             for i, row in enumerate(rows)
         }
+
+    def _tokens(self, name: str, rows: np.ndarray, completions: list[str]) -> list[Any]:
+        """What a reward function has asked for, one of `TOKENS`."""
+        ids = [self.ids[row, self.starts[row] : self.lengths[row]] for row in rows]
+        if name == TOKENS[0]:
+            return [row_ids.tolist() for row_ids in ids]
+        return [
+            self.task.vocabulary.pieces(self._prompt(row).ids, row_ids, completion)
+            for row, row_ids, completion in zip(rows, ids, completions, strict=True)
+        ]
 
     def _completion(self, row: int, reason: int) -> str:
         text = self._text(row, without_last=reason == _EOS)
@@ -436,6 +454,12 @@ class Episodes:
         ids = np.array(state["ids"], dtype=np.int64)
         columns, messages = dict(state["columns"]), state.get("messages")
         return Prompt(state["text"], ids, columns, None, messages)
+
+
+def _scores_in_info(value: float | list[float]) -> dict[str, Any]:
+    if isinstance(value, list):
+        return {"score": sum(value), "token_scores": value}
+    return {"score": value}
 
 
 def _prompt_state(prompt: Prompt) -> dict[str, Any]:

@@ -30,6 +30,7 @@ TURNS = "turns"
 RESERVED_COLUMNS = frozenset(
     {
         *("prompt", "prompts", "completion", "completions", "score", "finish_reason", "n_tokens"),
+        "token_scores",
         *("episode", "terminal_observation", "TimeLimit.truncated", "final_obs", "final_info"),
     }
 )

@@ -542,7 +542,7 @@ def run(common: Common, settings: Run) -> None:
 
 def sft(common: Common, settings: SFT) -> None:
     """Warm-start a language model on texts; leaves the folder sft."""
-    from agents.language_model import build_lm, load_named
+    from agents.language_model import build_lm, load_config, load_named
     from agents.saving import replaced_folder
     from agents.sft import warm_start
     from text_env.own_tokenizer import learn_tokenizer
@@ -552,9 +552,9 @@ def sft(common: Common, settings: SFT) -> None:
     with stage(common, "sft") as (facts, made):
         texts = load_examples(settings.texts or data(common) / "language.jsonl")
         if settings.model.endswith(".json"):
-            config = json.loads(Path(settings.model).read_text(encoding="utf-8"))
-            tokenizer = learn_tokenizer(map("".join, texts), config["vocab_size"])
-            lm = build_lm(settings.model, tokenizer)
+            config = load_config(settings.model)
+            tokenizer = learn_tokenizer(map("".join, texts), config.vocab_size)
+            lm = build_lm(config, tokenizer)
         else:
             model = named_model(settings.model)
             tokenizer, lm = load_tokenizer(model), load_named(model)

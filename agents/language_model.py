@@ -287,29 +287,36 @@ def load_named(lm: str) -> PreTrainedModel:
         ) from error
 
 
-def build_lm(config: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_config(file: str | Path) -> PreTrainedConfig:
+    """Load the config of a causal LM from a JSON file, as transformers writes `config.json`.
+
+    Raises:
+        ValueError: If there is no such file, or it is none.
+    """
+    if not Path(file).is_file():  # transformers would ask the hub
+        raise ValueError(f"expected the JSON file of a model's config, got {str(file)!r}")
+    try:
+        return AutoConfig.from_pretrained(str(file), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{file}: expected the config of a causal LM: {reason}") from error
+
+
+def build_lm(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Build a causal LM with random weights, by torch's generator, for a tokenizer.
 
     Args:
-        config: A JSON file as transformers saves it, `config.json`. Its vocabulary and special
-            tokens are set to the tokenizer's.
+        config: What to build; its vocabulary and special tokens are set to the tokenizer's.
         tokenizer: With EOS and padding tokens.
 
     Raises:
-        ValueError: If there is no such file, or no causal LM can be built from it.
+        ValueError: If the config is not that of a causal LM.
     """
-    if not Path(config).is_file():  # transformers would ask the hub
-        raise ValueError(f"expected the JSON file of a model's config, got {str(config)!r}")
-    try:
-        loaded = AutoConfig.from_pretrained(str(config), trust_remote_code=False)
-        loaded.vocab_size = len(tokenizer)
-        loaded.bos_token_id = None
-        loaded.eos_token_id = tokenizer.eos_token_id
-        loaded.pad_token_id = tokenizer.pad_token_id
-        return AutoModelForCausalLM.from_config(loaded, dtype=th.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{config}: expected the config of a causal LM: {reason}") from error
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id = None
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    return AutoModelForCausalLM.from_config(config, dtype=th.float32)
 
 
 def class_of(lm: str) -> Any:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch as th
 
-from agents.language_model import build_lm, check_fit
+from agents.language_model import build_lm, check_fit, load_config
 from text_env import TextEnvironment
 from text_env.own_tokenizer import learn_tokenizer
 
+ROOT = Path(__file__).parents[1]
 REVIEWS = [
     "这部电影很好看，演员也很好。",
     "这部电影不好看。",
@@ -50,14 +51,14 @@ def test_characters_of_several_tokens_reach_the_reward_whole() -> None:
 
 def test_a_model_is_built_for_the_tokenizer(tmp_path) -> None:
     tokenizer = learn_tokenizer(REVIEWS, 270)
-    small = json.loads(Path("configs/small-lm.json").read_text())
+    small = json.loads((ROOT / "configs/small-lm.json").read_text())
     (tmp_path / "small.json").write_text(json.dumps({**small, "hidden_size": 32}))
     th.manual_seed(0)
-    lm = build_lm(tmp_path / "small.json", tokenizer)
+    lm = build_lm(load_config(tmp_path / "small.json"), tokenizer)
     check_fit(lm, len(tokenizer))
     assert lm.get_output_embeddings().weight.shape == (270, 32)
     assert lm.config.eos_token_id == 0 and lm.config.pad_token_id == 1
     (tmp_path / "bad.json").write_text('{"model_type": "no such"}')
     for name, message in (("bad.json", "config of a causal LM"), ("x.json", "expected the JSON")):
         with pytest.raises(ValueError, match=message):
-            build_lm(tmp_path / name, tokenizer)
+            load_config(tmp_path / name)

@@ -171,7 +171,7 @@ def test_a_run_that_the_doctor_stopped_can_go_on(own, tmp_path) -> None:  # noqa
     stopped_at = json.loads((run / "stages/ppo.json").read_text())["tokens"]
     assert stopped_at < 1024
     assert train.main(["ppo", "--resume", str(run), "--stop_on=[judge_falls]"]) == 0
-    assert json.loads((run / "stages/ppo.json").read_text())["tokens"] == 1024
+    assert json.loads((run / "stages/ppo.json").read_text())["tokens"] >= 1024
     assert stopped_at < json.loads((run / "stages/ppo.json").read_text())["tokens"]
 
 

@@ -52,9 +52,9 @@ def rebuilt_attributes(
         name: chosen(name, from_json(value), own) for name, value in policy["arguments"].items()
     }
     optimizer = own.pop("optimizer_class", None) or getattr(th.optim, policy["optimizer"], None)
+    got = optimizer.__name__ if isinstance(optimizer, type) else "none, and torch has none"
     is_one = isinstance(optimizer, type) and issubclass(optimizer, th.optim.Optimizer)
-    if not is_one or optimizer.__name__ != policy["optimizer"]:
-        got = getattr(optimizer, "__name__", None) or "none of torch's"
+    if not is_one or got != policy["optimizer"]:
         raise ValueError(
             f"optimizer_class: expected load(…, policy_kwargs={{'optimizer_class': …}}) with the "
             f"checkpoint's {policy['optimizer']}, got {got}"

@@ -122,6 +122,16 @@ def test_a_crash_while_results_are_put_in_place(own, tmp_path, monkeypatch, caps
     assert "is finished, with 128 tokens: expected more" in capsys.readouterr().err
 
 
+def test_several_processes_do_not_resume_and_say_why(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("agents.ranks.world_size", lambda: 2)
+    monkeypatch.setattr("agents.ranks.rank", lambda: 0)
+    settings = train.PPO(resume=tmp_path)
+    with pytest.raises(ValueError, match=r"one process with resume, got 2: only .*guarantees\.md"):
+        train.train_policy(train.Common(run=tmp_path), settings)
+    with pytest.raises(FileNotFoundError, match="which one process makes and several do not"):
+        train.as_begun(train.Common(), settings, asked=())
+
+
 def test_settings_asked_for_are_not_taken_for_defaults(own, tmp_path, monkeypatch, capsys) -> None:  # noqa: F811
     run, default = tmp_path / "run", train.PPO()
     changes = {"total_timesteps": 128, "stop_on": "[kl_runaway]"}
@@ -171,8 +181,7 @@ def test_a_run_that_the_doctor_stopped_can_go_on(own, tmp_path) -> None:  # noqa
     stopped_at = json.loads((run / "stages/ppo.json").read_text())["tokens"]
     assert stopped_at < 1024
     assert train.main(["ppo", "--resume", str(run), "--stop_on=[judge_falls]"]) == 0
-    assert json.loads((run / "stages/ppo.json").read_text())["tokens"] == 1024
-    assert stopped_at < json.loads((run / "stages/ppo.json").read_text())["tokens"]
+    assert json.loads((run / "stages/ppo.json").read_text())["tokens"] >= 1024
 
 
 @pytest.mark.slow

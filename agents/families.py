@@ -4,6 +4,7 @@ A model that cannot be cached in any of our ways is decoded from whole sequences
 and slow, and said in a warning.
 """
 
+import inspect
 import warnings
 
 import torch as th
@@ -47,6 +48,8 @@ def decoder_for(lm: PreTrainedModel, dtype: th.dtype = th.float32) -> Decoder:
 
 def kind_of(lm: PreTrainedModel) -> tuple[type[Decoder], str]:
     """Return the decoder for the layers that transformers would cache; if none, the reason too."""
+    if not {"past_key_values", "cache_params"} & set(inspect.signature(lm.forward).parameters):
+        return Decoder, "it takes none of transformers' caches"
     layers = cache_of(lm).layers
     names = sorted({type(layer).__name__ for layer in layers})
     if all(type(layer) in ATTENTION for layer in layers):

@@ -316,3 +316,33 @@ def test_the_recipe_runs() -> None:
         prompts=["a "], completions=["good one"], completion_pieces=[["good", " one", ""]]
     )
     assert shaped == [[0.5, 0.0, -0.5]]  # a promise that was not kept
+
+
+def test_scores_of_tokens_are_learned_where_their_sum_at_the_end_is_not() -> None:
+    """With λ = 0 and no value learned, a score at the end reaches the last token only.
+
+    One point for each a, 12 tokens of 6 letters: a random policy has 2.0 on average. In the sixth
+    rollout three seeds had 10.9 to 11.6, and of the sum 1.2 to 3.0.
+    """
+
+    def summed(prompts, completions, completion_ids, **columns):
+        return [sum(scores) for scores in of_tokens(prompts, completions, completion_ids)]
+
+    reached = []
+    for reward_fn in (of_tokens, summed):
+        env = TextVecEnv(
+            16,
+            tokenizer=letter_tokenizer("abcdef"),
+            prompts=[">"],
+            reward_fn=reward_fn,
+            max_new_tokens=12,
+            min_new_tokens=12,
+        )
+        model = TokenPPO(
+            "CausalLMPolicy", env, 2e-3, n_steps=12, batch_size=96, n_epochs=4, seed=0,
+            gae_lambda=0.0, vf_coef=0.0, kl_coef=0.0, device="cpu",
+            policy_kwargs={"lm": tiny_gpt2(9)},
+        )  # fmt: skip
+        model.learn(6 * 16 * 12)
+        reached.append(np.mean([e["completion"].count("a") for e in model.finished_episodes]))
+    assert reached[0] > 8.0 and reached[1] < 4.0, reached

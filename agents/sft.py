@@ -1,13 +1,14 @@
 """Supervised warm start: a causal LM learns to write texts of a kind, and to end them.
 
-Built on `transformers.Trainer`. What the texts are good for is not known here.
+Of conversations it learns the assistant's part. Built on `transformers.Trainer`. What the texts are
+good for is not known here.
 """
 
 import math
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -26,11 +27,15 @@ from agents.heads import Head
 from agents.language_model import TokenModel, check_fit, check_positions
 from agents.sequences import TokenBatch, pad_right
 
+Text = str | Sequence[Mapping[str, Any]]
+"""A text, or a conversation: messages {"role", "content"}."""
+
 
 class Row(TypedDict):
-    """A text as the Trainer's samplers know it."""
+    """A text as the Trainer's samplers know it; `learned` are the columns of what is learned."""
 
     input_ids: list[int]
+    learned: list[int]
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class SFTReport:
 def warm_start(
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     *,
     max_tokens: int = 64,
     epochs: float = 1.0,
@@ -71,7 +76,7 @@ def warm_start(
     seed: int = 0,
     progress_bar: bool = False,
 ) -> SFTReport:
-    """Train `lm` in place on whole texts, each ended by EOS.
+    """Train `lm` in place on whole texts, each ended by EOS, or on the answers in conversations.
 
     AdamW with a linear warm-up over the first tenth and a linear decay to 0; batches of texts of
     similar length; dropout as the model has it.
@@ -79,7 +84,9 @@ def warm_start(
     Args:
         lm: A causal LM.
         tokenizer: Its tokenizer, with an EOS token.
-        texts: Texts; a random tenth of them, `held_out` at most, is only measured on.
+        texts: Texts, or conversations, which the tokenizer's chat template makes texts of: what the
+            assistant says is learned, its end token included, and all else is only read. A random
+            tenth of them, `held_out` at most, is only measured on.
         max_tokens: Longer texts are cut there, and not ended.
         epochs: Passes over the texts.
         max_steps: Updates at most, if the epochs have more.
@@ -93,16 +100,19 @@ def warm_start(
         progress_bar: Show one.
 
     Raises:
-        ValueError: If there is no EOS token, there are fewer than two texts, or model,
-            tokenizer and settings do not fit together.
+        ValueError: If there is no EOS token, there are fewer than two texts with something to
+            learn, or model, tokenizer, chat template and settings do not fit together.
         FloatingPointError: If the loss is not finite; nothing was learned from that batch.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("expected a tokenizer with an EOS token, got none: texts could not end")
-    if len(texts) < 2:
-        raise ValueError(f"expected at least two texts to learn from, got {len(texts)}")
-    ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(list(texts))["input_ids"]]
-    rows: list[Row] = [{"input_ids": row[:max_tokens]} for row in ids if len(row) > 1]
+    rows = [_cut(row, max_tokens) for row in _rows(tokenizer, texts)]
+    rows = [row for row in rows if row["learned"]]
+    if len(rows) < 2:
+        raise ValueError(
+            f"expected at least two texts to learn from, got {len(rows)} with something to learn "
+            f"in their first {max_tokens} tokens, of {len(texts)}"
+        )
     random.Random(seed).shuffle(rows)
     n_held_out = max(1, min(held_out, len(rows) // 10))
     train, test = rows[n_held_out:], rows[:n_held_out]
@@ -192,7 +202,7 @@ class _Learner(TokenModel):
         return head._replace(weight=head.weight.to(self.dtype))
 
     def log_probs(self, batch: TokenBatch) -> th.Tensor:
-        """Return the log-probabilities (nats) of every token but each text's first: (N,)."""
+        """Return the log-probabilities (nats) of the tokens that are learned: (N,)."""
         tokens = batch.ids[batch.row, batch.position + 1]
         return self.token_statistics(batch, self.hidden_at(batch), tokens).log_prob
 
@@ -209,13 +219,73 @@ class _Learner(TokenModel):
         return -float(th.cat(found).mean())
 
 
+def _rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text]) -> list[Row]:
+    """Tokenise texts; of a text all but the first token is learned, and its end."""
+    plain = [text for text in texts if isinstance(text, str)]
+    found = iter(tokenizer(plain)["input_ids"] if plain else ())
+    rows: list[Row] = []
+    for text in texts:
+        if isinstance(text, str):
+            ids = [*next(found), tokenizer.eos_token_id]
+            rows.append({"input_ids": ids, "learned": list(range(1, len(ids)))})
+        else:
+            rows.append(conversation_row(tokenizer, text))
+    return rows
+
+
+def _cut(row: Row, max_tokens: int) -> Row:
+    learned = [column for column in row["learned"] if column < max_tokens]
+    return {"input_ids": row["input_ids"][:max_tokens], "learned": learned}
+
+
+def conversation_row(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]
+) -> Row:
+    """Tokenise a conversation, of which the assistant's answers are learned, with their ends.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template, or one that does not show an answer
+            behind what it asks for one with, ended by EOS.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "conversations: expected a tokenizer with a chat template, got one without; set "
+            "tokenizer.chat_template or give texts"
+        )
+    whole = str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    spans: list[tuple[int, int]] = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = str(
+            tokenizer.apply_chat_template(
+                list(messages[:i]), tokenize=False, add_generation_prompt=True
+            )
+        )
+        end = whole.find(tokenizer.eos_token, len(before) + len(message["content"].strip()))
+        if not whole.startswith(before) or end < 0:
+            raise ValueError(
+                "chat template: expected one that shows an answer behind its generation prompt, "
+                f"and {tokenizer.eos_token} behind that, got another; set tokenizer.chat_template"
+            )
+        spans.append((len(before), end + len(tokenizer.eos_token)))
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [start for start, _ in encoded["offset_mapping"]]
+    learned = [
+        column
+        for column, start in enumerate(starts)
+        if column > 0 and any(begin <= start < end for begin, end in spans)
+    ]
+    return {"input_ids": encoded["input_ids"], "learned": learned}
+
+
 def whole_texts(rows: Sequence[Row]) -> TokenBatch:
-    """Make a batch of texts, in which every token but a text's first is learned.
+    """Make a batch of texts, in each of which some tokens are learned.
 
     Padding is neither looked at, under causal attention, nor learned; so where the padding token
     is EOS too, the EOS that ends a text still is.
     """
     ids = [np.array(row["input_ids"]) for row in rows]
-    row = np.repeat(np.arange(len(ids)), [len(x) - 1 for x in ids])
-    position = np.concatenate([np.arange(len(x) - 1) for x in ids])
+    row = np.repeat(np.arange(len(ids)), [len(row["learned"]) for row in rows])
+    position = np.concatenate([np.array(row["learned"]) - 1 for row in rows])
     return TokenBatch(*(th.from_numpy(x) for x in (pad_right(ids), row, position)))

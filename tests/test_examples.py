@@ -24,3 +24,11 @@ def test_single_file_ppo_learns_alike_in_all_modes(autoreset) -> None:
     assert curve[0] < 1.5 and curve[-1] > 4
     for mode in ("sync", "async"):
         assert ppo.train(mode, autoreset, 3) == curve[:3]
+
+
+def test_multi_turn_chat_learns_to_ask_and_to_read_the_answer() -> None:
+    """Who does not ask scores 0.25 at most; so does who does not read what the user says."""
+    scores, episodes = load("multi_turn_chat").train(40_000)
+    assert scores[0] < 0.3 and sum(scores[-5:]) / 5 > 0.7
+    assert all(episode["messages"][1]["content"].startswith("?") for episode in episodes)
+    assert sum(episode["score"] for episode in episodes) >= 3

@@ -345,23 +345,54 @@ def load_texts(path: str | Path, refused: list[str] | None = None) -> list[str]:
     """
     texts = []
     for place, item in _read_file(Path(path), refused):
-        parts = [item]
-        if isinstance(item, Mapping):
-            parts = [item.get("text")]
-            if "text" not in item and "completion" in item:
-                parts = [item.get("prompt", ""), item["completion"]]
-        text = "".join(part for part in parts if isinstance(part, str))
-        if not all(isinstance(part, str) for part in parts) or not text.strip():
-            refuse(
-                f'{place}: expected a text, or the key "text", or "prompt" and "completion", '
-                f"got {_shown(item)}",
-                refused,
-            )
-            continue
-        texts.append(text)
+        try:
+            texts.append(_whole_text(item, place))
+        except ValueError as error:
+            refuse(str(error), refused, error)
     if not texts:
         raise ValueError(f"expected at least one text, got none from the file {path}")
     return texts
+
+
+def load_examples(path: str | Path) -> list[str | list[Message]]:
+    """Read what a warm start is to learn from: whole texts as in `load_texts`, or conversations.
+
+    Args:
+        path: As for `load_texts`; a line of a `.jsonl` may have the key `messages` instead, a
+            conversation with an answer at least.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Nothing, or something malformed (named by file and line).
+    """
+    examples: list[str | list[Message]] = []
+    for place, item in _read_file(Path(path)):
+        if not isinstance(item, Mapping) or "messages" not in item:
+            examples.append(_whole_text(item, place))
+            continue
+        _from_conversation(item, place)  # is it one?
+        messages = [dict(message) for message in item["messages"]]
+        if all(message["role"] != "assistant" for message in messages):
+            raise ValueError(f"{place}: expected an answer in the conversation, got none")
+        examples.append(messages)
+    if not examples:
+        raise ValueError(f"expected at least one text, got none from the file {path}")
+    return examples
+
+
+def _whole_text(item: Any, place: str) -> str:
+    parts = [item]
+    if isinstance(item, Mapping):
+        parts = [item.get("text")]
+        if "text" not in item and "completion" in item:
+            parts = [item.get("prompt", ""), item["completion"]]
+    text = "".join(part for part in parts if isinstance(part, str))
+    if not all(isinstance(part, str) for part in parts) or not text.strip():
+        raise ValueError(
+            f'{place}: expected a text, or the key "text", or "prompt" and "completion", '
+            f"got {_shown(item)}"
+        )
+    return text
 
 
 def split_by_hash(texts: Iterable[str], fractions: Mapping[str, float]) -> dict[str, list[str]]:

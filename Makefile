@@ -3,11 +3,11 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow bench bench-ppo benchmark test-plug-ins check format lint type clean
+.PHONY: demo test test-slow bench bench-ppo benchmark test-plug-ins docs check format lint type clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gguf,baselines,lora,feedback]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gguf,baselines,lora,feedback,metrics,tune]'
 	touch $@
 
 demo: $(BIN)/.installed  ## the main job, 7 to 8 minutes on 2 cores: the report is in runs/<time>/report.md
@@ -44,6 +44,11 @@ $(VENV)-ppo/.installed: pyproject.toml constraints.txt
 benchmark: $(BIN)/.installed  ## algorithms against each other: runs/baselines/baselines.md
 	test -s benchmarks/baselines-chosen.yaml || $(BIN)/python -m benchmarks.baselines --tune
 	$(BIN)/python -m benchmarks.baselines
+
+docs: $(BIN)/.installed  ## the documentation, its snippets tried: docs/_build/html/index.html
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/sphinx-build -qW --keep-going -b html docs docs/_build/html
+	$(BIN)/sphinx-build -qW -b doctest docs docs/_build/doctest
 
 check: lint type test  ## what CI runs first
 

@@ -4,6 +4,7 @@
     python train.py STAGE --help         one stage alone: sft, reward, ppo, evaluate
     python train.py run --config F.yaml  the same with a file of settings
     python train.py check --model M --reward R   in a minute: would a run with these work?
+    python train.py tune --run RUN       better settings of PPO; chat RUN: talk with its policy
     python train.py annotate, feedback, compare, loop   with people, or simulated ones: --help
     torchrun --nproc-per-node 2 -- train.py …   the same, PPO on several processes
 
@@ -25,7 +26,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -37,18 +38,24 @@ if TYPE_CHECKING:
     import numpy as np
     import torch as th
     from jsonargparse import ArgumentParser, Namespace
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import KVWriter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from agents import CausalLMPolicy
+    from agents import CausalLMPolicy, TokenPPO
     from agents.checks import Verdict
-    from reward_models import LearnedRewardModel, RewardEnsemble
-    from reward_models.feedback import FeedbackStore, Task
+    from agents.tuning import Objective, TrialCallback
+    from reward_models import LearnedRewardModel
+    from reward_models.ensemble import EnsembleReport
+    from reward_models.feedback import Feedback, FeedbackStore, Task
+    from reward_models.learned import FitReport
     from text_env import TextVecEnv
 
-Scorer = Callable[[Sequence[str], Sequence[str]], "np.ndarray"]
 Episodes = list[dict[str, Any]]
+Terms = dict[str, Any] | str | None
+"""What settings say of a reward: terms by name, one name, or nothing, which is `learned`."""
 
 # ------------------------------------------------------------------------------- settings
 
@@ -70,6 +77,9 @@ class Common:
     What learns, the head and log-probabilities are float32 either way."""
     overwrite: bool = False
     """Replace results of an earlier run of the stage."""
+    data: Literal["movies", "chinese-reviews"] = "movies"
+    """Where a new run takes what it is not given from: movie sentences rated by people, or Chinese
+    reviews labelled good or bad; either is fetched once."""
 
 
 @dataclass
@@ -77,11 +87,14 @@ class SFT:
     """Supervised warm start: the language model learns the kind of text it is to write."""
 
     model: str = "smollm2"
-    """The causal LM to start from: a folder, a hub id, or smollm2 (SmolLM2-135M, fetched once)."""
+    """The causal LM to start from: a folder, a hub id, or smollm2 (SmolLM2-135M, fetched once); or
+    a model's config (.json), to begin with random weights and a tokenizer learned from the texts,
+    of at most as many tokens as the config's vocabulary has."""
     texts: Path | None = None
-    """Texts to learn from, one per line (.txt), or with a key or column `text` (.jsonl, .csv)."""
+    """Texts to learn from, one per line (.txt), or with a key or column `text` (.jsonl, .csv); or
+    with `prompt` and `completion`, or `prompt` and `reference`, where the prompt is only read."""
     max_tokens: int = 48
-    """Longer texts are cut there."""
+    """Longer texts, with their prompts, are cut there."""
     epochs: float = 1.0
     """Passes over the texts."""
     max_steps: int | None = 64
@@ -99,7 +112,8 @@ class Reward:
     """Reward model and judge, each learned from its own part of the human feedback."""
 
     model: str = "minilm"
-    """What both start from: a folder, a hub id, or minilm (MiniLM-L6, fetched once)."""
+    """What both start from: a folder, a hub id, minilm (MiniLM-L6, fetched once), or sft, the run's
+    own warm start."""
     members: int = 1
     """More than one: the reward is an ensemble of so many models, their mean less their spread."""
     ties: Literal["half", "rao-kupper"] = "half"
@@ -135,6 +149,10 @@ class PPO:
     """The LM that the policy is held to. None: the policy as it is at the start."""
     reward_model: str | None = None
     """A folder or hub id of a sequence classifier with one label. None: the run's."""
+    reward: Terms = None
+    """What is paid, if not the reward model's score alone: terms with their weights, such as
+    {learned: 0.5, rougeL: 1, length: {weight: 0.1, high: 30}} (docs/recipes.md lists them), or one
+    term; a function of your own is module:name."""
     prompts: Path | None = None
     """Training prompts (.txt, .jsonl, .csv). None: the run's."""
     vocabulary: Path | None = None
@@ -201,7 +219,7 @@ class PPO:
     """Findings of the doctor (docs/doctor.md) that stop the run, such as [kl_runaway]."""
     resume: Path | None = None
     """Go on with the PPO of this run folder, from its newest whole checkpoint and with the settings
-    that it began with; only total_timesteps and what is saved when may be others."""
+    that it began with; only total_timesteps, stop_on and what is saved when may be others."""
     checkpoint_every: int | None = 4
     """Rollouts from one checkpoint to the next; null: only when stopped (SIGTERM, Ctrl-C) and at
     the end."""
@@ -237,6 +255,10 @@ class Evaluate(Writing):
     """What it is compared with, and the KL is measured to. None: the run's sft/."""
     reward_model: str | None = None
     """None: the run's reward_model/."""
+    reward: Terms = None
+    """As for ppo. None: as the policy was trained."""
+    metrics: list[str] = field(default_factory=list)
+    """Terms that are measured beside the reward's, such as [exact, chrf]."""
     judge: str | None = None
     """None: the run's judge/, if there is one."""
     best_of: int = 4
@@ -253,9 +275,9 @@ class Check:
     """The causal LM to train: a folder, a hub id, or smollm2. None: the run's sft/."""
     tokenizer: str | None = None
     """Its tokenizer: a folder or hub id. None: the model's own."""
-    reward: str | None = None
-    """A reward model's folder or hub id, or a function as module:name. None: the run's
-    reward_model/, if there is one."""
+    reward: Terms = None
+    """A reward model's folder or hub id, a function as module:name, or terms as for ppo. None: the
+    run's reward_model/, if there is one."""
     prompts: Path | None = None
     """Prompts (.txt, .jsonl, .csv). None: a few English ones."""
     vocabulary: Path | None = None
@@ -313,7 +335,8 @@ class Annotate(Writing):
     samples: int = 2
     """Completions per prompt, of each policy."""
     ensemble: Path | None = None
-    """Reward models, as `reward --members` makes them: what they differ on is asked first."""
+    """Reward models, as `reward --members` makes them: what they differ on is asked first, of the
+    tasks that are there already too."""
     overlap_share: float = 0.1
     """Share of the tasks that several people are asked, to see how far they agree."""
     overlap_annotators: int = 3
@@ -385,6 +408,31 @@ class Forget:
 
 
 @dataclass
+class Worth:
+    """How good a reward model gets with the number of answers."""
+
+    kind: Literal["comparison", "rating", "label"] | None = None
+    """Answers of this kind. None: of which there are most."""
+    least_gain: float = 0.01
+    """What twice as many answers must bring to be worth it, in accuracy, or in correlation with
+    ratings."""
+    model: str = Reward.model
+    """What every fit starts from: a folder, a hub id, or minilm."""
+    held_out: float = 0.2
+    """Share of the texts that all fits are measured on."""
+    repeats: int = 2
+    """Fits for each number of answers."""
+    epochs: float = Reward.epochs
+    """Passes over the answers."""
+    batch_size: int = 16
+    """Records per update."""
+    learning_rate: float = Reward.learning_rate
+    """Highest learning rate."""
+    store: Path | None = None
+    """Where the answers are. None: the run's feedback.sqlite."""
+
+
+@dataclass
 class Compare(Writing):
     """Two policies on the same prompts: how often is the first one's completion the better?"""
 
@@ -426,6 +474,11 @@ class Loop:
     """How many; more can be added later."""
     comparisons: int = 300
     """Pairs of completions that people are asked about in each round."""
+    overlap_share: float = 0.1
+    """Share of them that several people are asked, to see how far they agree."""
+    overlap_annotators: int = 3
+    """How many people that is; of simulated ones all, if there are fewer. A round waits for so many
+    answers, and may be told to wait for fewer."""
     people: Literal["real", "simulated"] = "real"
     """Who answers. Real people stop the loop until they have: call it again then."""
     simulated: Simulated = field(default_factory=Simulated)
@@ -438,6 +491,38 @@ class Loop:
     evaluate: Evaluate = field(default_factory=Evaluate)
 
 
+@dataclass
+class Tune:
+    """Settings of PPO that do best by the judge within a KL budget."""
+
+    space: Path = Path(__file__).with_name("configs") / "tune.yaml"
+    """What to search: settings of PPO, with a list of values or {low, high} for each."""
+    trials: int = 20
+    """Trainings in all, those of earlier calls and of other processes included."""
+    kl_budget: float = 8.0
+    """KL to the reference that costs nothing, nats per completion."""
+    kl_weight: float = 0.2
+    """What each nat above that takes from the judge's score."""
+    judge: str | None = None
+    """None: the run's judge/."""
+    n_prompts: int = 128
+    """Training prompts that are held out to measure on; at most half of them."""
+    evaluations: int = 4
+    """Measurements of a training; it may be given up from half of them on."""
+    ppo: PPO = field(default_factory=PPO)
+    """What is not searched."""
+
+
+@dataclass
+class Chat(Writing):
+    """A conversation with a policy, at the terminal."""
+
+    run_folder: Path
+    """The run whose policy it is."""
+    policy: str | None = None
+    """Another model: folder or hub id. None: the run's policy/."""
+
+
 # ------------------------------------------------------------------------------ the stages
 
 
@@ -447,26 +532,34 @@ def run(common: Common, settings: Run) -> None:
     require_files(settings)  # now, not when the stage that reads them begins
     say(f"Run folder: {common.run}")
     on_first_process(sft, common, settings.sft)
-    on_first_process(reward, common, settings.reward)
+    given = settings.ppo.prompts is None or settings.reward.feedback is not None
+    if given or "learned" in by_name(settings.ppo.reward):  # not for metrics of a task of one's own
+        on_first_process(reward, common, settings.reward)
     ppo(common, settings.ppo)
     on_first_process(evaluate, common, settings.evaluate)
     say(f"The whole run took {time.time() - start:.0f} s.")
 
 
 def sft(common: Common, settings: SFT) -> None:
-    """Warm-start a causal LM on texts; leaves the folder sft."""
-    from agents.language_model import load_named
+    """Warm-start a language model on texts; leaves the folder sft."""
+    from agents.language_model import build_lm, load_named
     from agents.saving import replaced_folder
     from agents.sft import warm_start
-    from text_env.prompts import load_texts
+    from text_env.own_tokenizer import learn_tokenizer
+    from text_env.prompts import load_examples, whole_text
     from text_env.vocabulary import load_tokenizer
 
     with stage(common, "sft") as (facts, made):
-        texts = load_texts(settings.texts or data(common) / "language.jsonl")
-        model = named_model(settings.model)
-        tokenizer, lm = load_tokenizer(model), load_named(model).to(device_of(common))
+        texts = load_examples(settings.texts or data(common) / "language.jsonl")
+        if settings.model.endswith(".json"):
+            config = json.loads(Path(settings.model).read_text(encoding="utf-8"))
+            tokenizer = learn_tokenizer(map(whole_text, texts), config["vocab_size"])
+            lm = build_lm(settings.model, tokenizer)
+        else:
+            model = named_model(settings.model)
+            tokenizer, lm = load_tokenizer(model), load_named(model)
         report = warm_start(
-            lm,
+            lm.to(device_of(common)),
             tokenizer,
             texts,
             max_tokens=settings.max_tokens,
@@ -483,6 +576,7 @@ def sft(common: Common, settings: SFT) -> None:
             lm.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         facts["sft"] = asdict(report)
+        facts["model"] = settings.model
         say(
             f"held-out loss {report.loss_before:.2f} -> {report.loss_after:.2f} nats per token "
             f"({report.n_texts} texts, {report.steps} updates)"
@@ -510,6 +604,8 @@ def reward(common: Common, settings: Reward) -> None:
             records = feedback[name]
             start = {"device": device_of(common), "seed": seed}
             base = named_model(settings.model)
+            if settings.model == "sft":
+                base = str(left_by("sft", folder_of(common) / "sft"))
             model: LearnedRewardModel | RewardEnsemble
             if name == "reward_model" and settings.members > 1:
                 model = RewardEnsemble.from_pretrained(base, settings.members, **start)
@@ -536,9 +632,24 @@ def reward(common: Common, settings: Reward) -> None:
             model.save(made / name)
             facts[name] = asdict(report)
             say(f"{name}: {agreement(facts[name])}")
-        if settings.feedback is None:
+            if name == "reward_model":
+                draw_calibration(report, made / "calibration.png")
+        if not (made / "calibration.png").exists():  # an earlier one is of another model
+            (folder_of(common) / "calibration.png").unlink(missing_ok=True)
+        facts["model"] = settings.model
+        if settings.feedback is None and source_of(common) == "movies":
             facts["people"] = human_agreement()
             say(PEOPLE.format(**facts["people"]))
+
+
+def draw_calibration(report: "FitReport | EnsembleReport", path: Path) -> None:
+    """Draw how far predicted shares are people's, where choices were held out."""
+    from reward_models.plots import plot_calibration
+
+    kinds = ("comparisons", "labels")
+    parts = {kind: part for kind in kinds if (part := getattr(report.held_out, kind, None))}
+    if parts:
+        plot_calibration(parts, path)
 
 
 def ppo(common: Common, settings: PPO) -> None:
@@ -566,16 +677,19 @@ def train_policy(common: Common, settings: PPO) -> None:
         ranks,
     )
     from agents.checkpoint_callback import cut_back
-    from reward_models import LearnedRewardModel, load_reward_model
-    from text_env import TextVecEnv
+    from reward_models import LearnedRewardModel
     from text_env.vocabulary import fingerprint, load_tokenizer
 
     if settings.shard and settings.lora_rank is not None:
         raise ValueError("expected shard or lora_rank, got both: adapters have little to split")
     n_processes, first = ranks.world_size(), ranks.rank() == 0
+    if settings.resume is not None and n_processes > 1:
+        raise ValueError(
+            f"expected one process with resume, got {n_processes}: only one process's generators, "
+            "environments and rollout are in a checkpoint; resume without torchrun, or begin anew "
+            "with --policy and --reference (docs/guarantees.md)"
+        )
     checkpoint = None if settings.resume is None else to_go_on_from(settings.resume, settings)
-    if checkpoint is not None and n_processes > 1:
-        raise ValueError("expected one process with resume, got several: not exact there yet")
     if settings.n_envs % n_processes:
         raise ValueError(
             f"expected n_envs divisible by the number of processes, got {settings.n_envs} rows for "
@@ -584,8 +698,8 @@ def train_policy(common: Common, settings: PPO) -> None:
     folder = folder_of(common)
     with stage(common, "ppo", go_on=checkpoint is not None) as (facts, made):
         policy = settings.policy or str(left_by("sft", folder / "sft"))
-        reward_model = settings.reward_model or left_by("reward", folder / "reward_model")
         tokenizer = load_tokenizer(policy)
+        facts["reward"] = settings.reward
         vocabulary = settings.vocabulary
         if vocabulary is None and settings.prompts is None:
             vocabulary = data(common) / "language.jsonl"
@@ -595,63 +709,34 @@ def train_policy(common: Common, settings: PPO) -> None:
             "temperature": settings.temperature,
             "vocabulary": str(vocabulary) if vocabulary else None,
         }
-        whole = settings.n_steps is None
-        env = TextVecEnv(
-            num_envs=settings.n_envs // n_processes,
-            autoreset=not whole,
-            tokenizer=tokenizer,
-            prompts=settings.prompts or data(common) / "prompts.jsonl",
-            reward_fn=load_reward_model(reward_model, device_of(common)),
-            max_new_tokens=settings.max_new_tokens,
-            min_new_tokens=settings.min_new_tokens,
-            missing_eos_penalty=settings.missing_eos_penalty,
-            allowed_token_ids=tokens_of(vocabulary, tokenizer),
-            nonfinite_scores="pass" if settings.on_nonfinite == "skip" else "error",
+        prompts = settings.prompts or data(common) / "prompts.jsonl"
+        env = training_env(
+            common,
+            settings,
+            tokenizer,
+            prompts,
+            vocabulary,
+            reward_function(common, settings.reward, settings.reward_model),
+            n_processes,
         )
-        learning_rate = partial(warm_up_and_decay, settings.learning_rate)
         same = {
             "policy": digest_of(policy),
-            "reward model": digest_of(reward_model),
+            "reward model": digest_of_reward(common, settings),
             "tokenizer": fingerprint(tokenizer),
+            f"prompts of {Path(prompts).name}": env.task.prompts.fingerprint(),
+            "judge": digest_of(folder / "judge") if (folder / "judge").exists() else None,
         }
-        arguments: dict[str, Any] = dict(
-            n_steps=settings.max_new_tokens if settings.n_steps is None else settings.n_steps,
-            whole_episodes=whole,
-            batch_size=settings.batch_size,
-            n_epochs=settings.n_epochs,
-            gae_lambda=settings.gae_lambda,
-            vf_coef=settings.vf_coef,
-            max_grad_norm=settings.max_grad_norm,
-            policy_kwargs={
-                "lm": policy,
-                "temperature": settings.temperature,
-                "trainable_layers": settings.trainable_layers,
-                "lora": lora_of(settings),
-                "value_lm": policy if settings.value_network else None,
-                "dtype": dtype_of(common),
-                "gradient_checkpointing": settings.gradient_checkpointing,
-                "micro_batch_size": settings.micro_batch_size,
-            },
-            value_warmup=settings.value_warmup,
-            shard=settings.shard,
-            kl_coef=settings.kl_coef,
-            ref_lm=settings.reference,
-            target_ref_kl=settings.target_ref_kl,
-            kl_horizon=settings.kl_horizon,
-            on_nonfinite=settings.on_nonfinite,
-            stats_window_size=max(100, settings.n_envs),
-            seed=common.seed,
-        )
         if checkpoint is None:
-            model = TokenPPO(
-                "CausalLMPolicy", env, learning_rate, device=device_of(common), **arguments
-            )
-            remember_settings(common, settings, made / "checkpoints")
+            model = ppo_model(common, settings, policy, env)
         else:
             say(f"   from {checkpoint}")
+            learning_rate = partial(warm_up_and_decay, settings.learning_rate)
             model = TokenPPO.load(
                 checkpoint, env, device_of(common), learning_rate=learning_rate, facts=same
             )
+        alone = n_processes == 1  # several make no checkpoints: they could not go on exactly
+        if alone:
+            remember_settings(common, settings, made / "checkpoints")
         logs = [made / name for name in ("metrics.jsonl", "samples.jsonl", "doctor.jsonl")]
         if first:
             if checkpoint is not None:
@@ -661,13 +746,12 @@ def train_policy(common: Common, settings: PPO) -> None:
                 TensorBoardOutputFormat(str(made / "tensorboard")),
             ]
             model.set_logger(Logger(str(made), writers))
-        doctor = DoctorCallback(logs[2], settings.stop_on)
         callbacks = [
             SampleTextCallback(logs[1]),
             SavePretrainedCallback(
                 made / "policy", tokenizer, settings.save_every, merge=settings.merge_lora
             ),
-            doctor,  # behind what logs the judge
+            DoctorCallback(logs[2], settings.stop_on),  # behind what logs the judge
         ]
         if first and (folder / "judge").exists():
             judge = LearnedRewardModel.load(folder / "judge", device_of(common))
@@ -679,22 +763,27 @@ def train_policy(common: Common, settings: PPO) -> None:
             facts=same,
             logs=logs,
         )
-        alone = n_processes == 1  # several cannot go on exactly yet
-        with saver.stops_at_signals() if alone else nullcontext():
-            model.learn(
-                settings.total_timesteps,
-                callback=[*callbacks, saver] if alone else callbacks,
-                reset_num_timesteps=checkpoint is None,
-                progress_bar=True,
-            )
+        if model.num_timesteps < settings.total_timesteps or model.rollout_under_way:
+            with saver.stops_at_signals() if alone else nullcontext():
+                model.learn(
+                    settings.total_timesteps,
+                    callback=[*callbacks, saver] if alone else callbacks,
+                    reset_num_timesteps=checkpoint is None,
+                    progress_bar=True,
+                )
         model.logger.close()
         saver.store.keep = 1  # of a finished training
         saver.store.prune()
         rows = map(json.loads, read_lines(made / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
-        facts["doctor"] = [finding.name for finding in doctor.findings]
+        facts["doctor"] = [json.loads(line)["name"] for line in read_lines(logs[2])]
         facts["episodes"] = sum(row.get("rollout/episodes", 0) for row in rows)
         steps = model.policy.guard.n_steps
+        if first:
+            facts["card"] = card_of(common, settings, policy, model, env)
+            if vocabulary:
+                facts["card"]["limits"] = [RESTRICTED.format(int(env.allowed_tokens.sum()))]
+            write_card(made / "policy", facts["card"])
         if first and not (facts["episodes"] and steps):
             raise RuntimeError(
                 f"nothing was trained: expected finished episodes and optimizer steps, got "
@@ -703,18 +792,83 @@ def train_policy(common: Common, settings: PPO) -> None:
             )
 
 
-FREE = ("total_timesteps", "save_every", "checkpoint_every", "checkpoint_keep", "resume")
-"""Settings of PPO that may be others when a training goes on."""
+def training_env(
+    common: Common,
+    settings: PPO,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Path,
+    vocabulary: Path | None,
+    reward_fn: Any,
+    n_processes: int = 1,
+) -> "TextVecEnv":
+    """Return the environment that PPO trains in, one process's part of it."""
+    from text_env import TextVecEnv
+
+    return TextVecEnv(
+        num_envs=settings.n_envs // n_processes,
+        autoreset=settings.n_steps is not None,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        reward_fn=reward_fn,
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        missing_eos_penalty=settings.missing_eos_penalty,
+        allowed_token_ids=tokens_of(vocabulary, tokenizer),
+        nonfinite_scores="pass" if settings.on_nonfinite == "skip" else "error",
+    )
+
+
+def ppo_model(common: Common, settings: PPO, policy: str, env: "TextVecEnv") -> "TokenPPO":
+    """Return the algorithm with all its settings, before its first token."""
+    from agents import TokenPPO
+
+    return TokenPPO(
+        "CausalLMPolicy",
+        env,
+        partial(warm_up_and_decay, settings.learning_rate),
+        device=device_of(common),
+        n_steps=settings.max_new_tokens if settings.n_steps is None else settings.n_steps,
+        whole_episodes=settings.n_steps is None,
+        batch_size=settings.batch_size,
+        n_epochs=settings.n_epochs,
+        gae_lambda=settings.gae_lambda,
+        vf_coef=settings.vf_coef,
+        max_grad_norm=settings.max_grad_norm,
+        policy_kwargs={
+            "lm": policy,
+            "temperature": settings.temperature,
+            "trainable_layers": settings.trainable_layers,
+            "lora": lora_of(settings),
+            "value_lm": policy if settings.value_network else None,
+            "dtype": dtype_of(common),
+            "gradient_checkpointing": settings.gradient_checkpointing,
+            "micro_batch_size": settings.micro_batch_size,
+        },
+        value_warmup=settings.value_warmup,
+        shard=settings.shard,
+        kl_coef=settings.kl_coef,
+        ref_lm=settings.reference,
+        target_ref_kl=settings.target_ref_kl,
+        kl_horizon=settings.kl_horizon,
+        on_nonfinite=settings.on_nonfinite,
+        stats_window_size=max(100, settings.n_envs),
+        seed=common.seed,
+    )
+
+
+FREE = (
+    "total_timesteps", "save_every", "checkpoint_every", "checkpoint_keep", "stop_on", "resume",
+    "threads",
+)  # fmt: skip
+"""Settings that may be others when a training of PPO goes on."""
 
 
 def remember_settings(common: Common, settings: PPO, folder: Path) -> None:
-    """Write down what a training began with, beside its checkpoints, for `as_begun`."""
+    """Write down a training's settings, beside its checkpoints, for `as_begun`."""
     import torch as th
 
     from reward_models.atomic import atomic_file
 
-    if process_number() > 0:
-        return
     began = {
         "common": {"seed": common.seed, "dtype": common.dtype, "threads": th.get_num_threads()},
         "ppo": {**asdict(settings), "resume": None},
@@ -723,11 +877,16 @@ def remember_settings(common: Common, settings: PPO, folder: Path) -> None:
         aside.write_text(json.dumps(began, indent=1, default=str), encoding="utf-8")
 
 
-def as_begun(common: Common, settings: PPO) -> PPO:
+def as_begun(common: Common, settings: PPO, asked: Container[str]) -> PPO:
     """Return the settings that a training began with; those of `common` are set in place.
 
+    Args:
+        common: As the command line gives it.
+        settings: As the command line gives it.
+        asked: Names of the settings that the command line says itself, which are no defaults.
+
     Raises:
-        ValueError: If a setting was asked for that is neither the default nor what it began with.
+        ValueError: If one of those is not what the training began with, and has to be.
     """
     assert settings.resume is not None
     place = settings.resume / "ppo.unfinished" / "checkpoints"
@@ -735,7 +894,8 @@ def as_begun(common: Common, settings: PPO) -> PPO:
         place = settings.resume / "checkpoints"
     if not (place / "settings.json").exists():
         raise FileNotFoundError(
-            f"resume: expected a run folder with checkpoints of PPO, got '{settings.resume}'"
+            "resume: expected a run folder with checkpoints of PPO, which one process makes and "
+            f"several do not (docs/guarantees.md), got '{settings.resume}'"
         )
     began = json.loads((place / "settings.json").read_text(encoding="utf-8"))
     other = []
@@ -744,10 +904,10 @@ def as_begun(common: Common, settings: PPO) -> PPO:
             if part.name not in stored:
                 continue
             value, was = getattr(given, part.name), stored[part.name]
-            asked = value != getattr(type(given)(), part.name)
-            if asked and str(value) != str(was) and part.name not in (*FREE, "threads"):
+            is_asked, is_free = part.name in asked, part.name in FREE
+            if is_asked and not is_free and str(value) != str(was):
                 other.append(f"{part.name} is {was}, not {value}")
-            if not asked or part.name not in (*FREE, "threads"):
+            if not (is_asked and is_free):
                 path = was is not None and "Path" in str(part.type)
                 setattr(given, part.name, Path(was) if path else was)
     if other:
@@ -758,31 +918,55 @@ def as_begun(common: Common, settings: PPO) -> PPO:
 
 
 def to_go_on_from(run_folder: Path, settings: PPO) -> Path:
-    """Return a run's newest whole checkpoint; a finished run's results are copied to go on from.
+    """Return a run's newest whole checkpoint, in the folder of its unfinished results.
+
+    Results that are in their place already are copied there: those of a finished run, and those
+    that a crash came behind while they were put in place.
 
     Raises:
-        ValueError: If the run has all the tokens that it is to have.
+        ValueError: If total_timesteps leave nothing to do.
     """
     from agents import newest_whole
-    from agents.checkpoint import read_state
 
     unfinished = run_folder / "ppo.unfinished"
-    finished = not (unfinished / "checkpoints").exists()
-    checkpoint = newest_whole((run_folder if finished else unfinished) / "checkpoints")
-    progress = read_state(checkpoint)["progress"]
-    if finished and progress["num_timesteps"] >= settings.total_timesteps:
+    there = unfinished / "checkpoints"
+    is_there = there.exists()
+    checkpoint = newest_whole(there if is_there else run_folder / "checkpoints")
+    at_end, n_tokens = how_far(checkpoint)
+    is_done = at_end and not is_there and (run_folder / "stages/ppo.json").exists()
+    if n_tokens >= settings.total_timesteps and (is_done or not at_end):
         raise ValueError(
-            f"resume: {run_folder} is finished, with {progress['num_timesteps']} tokens: expected "
-            f"more than that as total_timesteps, got {settings.total_timesteps}"
+            f"resume: {run_folder} is {'finished' if is_done else 'stopped'}, with {n_tokens} "
+            f"tokens: expected more than that as total_timesteps, got {settings.total_timesteps}"
         )
-    if finished:
-        unfinished.mkdir(exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl", "doctor.jsonl"):
-            shutil.copy2(run_folder / name, unfinished / name)
-        for name in ("tensorboard", "checkpoints"):
-            shutil.copytree(run_folder / name, unfinished / name, dirs_exist_ok=True)
-        checkpoint = unfinished / "checkpoints" / checkpoint.name
-    return checkpoint
+    unfinished.mkdir(exist_ok=True)
+    for name in ("metrics.jsonl", "samples.jsonl", "doctor.jsonl", "tensorboard", "checkpoints"):
+        if (run_folder / name).exists() and not (unfinished / name).exists():
+            copy_whole(run_folder / name, unfinished / name)
+    return there / checkpoint.name
+
+
+def how_far(checkpoint: Path) -> tuple[bool, int]:
+    """Say whether a checkpoint is of its training's end, and the tokens of all whole rollouts."""
+    from agents.checkpoint import read_state
+
+    state = read_state(checkpoint)
+    progress, rollout = state["progress"], state["rollout"]
+    n_tokens: int = progress["num_timesteps"] if rollout is None else rollout["tokens_before"]
+    return rollout is None and n_tokens >= progress["_total_timesteps"], n_tokens
+
+
+def copy_whole(source: Path, place: Path) -> None:
+    """Copy a file or folder, which appears at its place when it is whole."""
+    aside = place.with_name(f"{place.name}.copy")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    if source.is_dir():
+        shutil.copytree(source, aside / source.name)
+    else:
+        shutil.copy2(source, aside)
+    (aside / source.name).rename(place)
+    aside.rmdir()
 
 
 def digest_of(source: str | Path) -> str:
@@ -790,12 +974,25 @@ def digest_of(source: str | Path) -> str:
     folder, digest = Path(source), hashlib.sha256()
     if not folder.is_dir():
         return str(source)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in CARD)
+    for path in sorted(files):
         digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(2**22):
                 digest.update(chunk)
     return digest.hexdigest()[:16]
+
+
+def digest_of_reward(common: Common, settings: PPO) -> str:
+    """Return a digest of the reward: its terms, and the reward model if it is one of them."""
+    digest = [] if settings.reward is None else [json.dumps(settings.reward)]
+    if "learned" in by_name(settings.reward):
+        digest.append(digest_of(settings.reward_model or folder_of(common) / "reward_model"))
+    return " ".join(digest)
+
+
+CARD = ("README.md", "curves.png")
+"""Of a policy's folder, what is written about it; `evaluate` completes it."""
 
 
 def appending(path: Path) -> "KVWriter":
@@ -819,44 +1016,81 @@ def lora_of(settings: PPO) -> dict[str, float] | None:
 
 def evaluate(common: Common, settings: Evaluate) -> None:
     """Compare policy and warm start on test prompts; leaves report.md and its pictures."""
-    import numpy as np
-
-    from reward_models import LearnedRewardModel, LexiconSentiment, load_reward_model
+    from agents.language_model import load_named
+    from agents.likelihood import LogLikelihood
+    from reward_models import LearnedRewardModel, LexiconSentiment
     from reward_models.assets import sentiment_lexicon
     from reward_models.evaluation import mean_interval
-    from reward_models.measures import measures
+    from reward_models.measures import LIKELIHOOD, measures
     from text_env.prompts import load_prompts
+    from text_env.vocabulary import load_tokenizer
 
     folder = folder_of(common)
     with stage(common, "evaluate") as (facts, made):
         settings = as_in_ppo(folder, settings)
         reference = settings.reference or str(left_by("sft", folder / "sft"))
         policy = settings.policy or str(left_by("ppo", folder / "policy"))
-        reward_model = settings.reward_model or left_by("reward", folder / "reward_model")
         prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
-        rewarder = load_reward_model(reward_model, device_of(common))
-        scorers: dict[str, Scorer] = {"score": rewarder.score}
+        rewarder = reward_function(common, settings.reward, settings.reward_model)
+        facts["reward"] = settings.reward
+        scorers: dict[str, Callable[..., Any]] = {"score": rewarder}
+        for name in settings.metrics:
+            scorers[name] = reward_function(common, name, settings.reward_model)
         if settings.judge or (folder / "judge").exists():
             judge = LearnedRewardModel.load(settings.judge or folder / "judge", device_of(common))
-            scorers["judge"] = judge.human_scale
+            scorers["judge"] = lambda prompts, completions, **_: judge.human_scale(
+                prompts, completions
+            )
             facts["judge_scale"] = judge.scale
-        if settings.prompts is None:  # an English lexicon, for our own English prompts
-            lexicon = LexiconSentiment(sentiment_lexicon())
-            scorers["lexicon"] = lambda p, c: np.asarray(lexicon(prompts=p, completions=c))
+        if settings.prompts is None and source_of(common) == "movies":  # the lexicon is English
+            scorers["lexicon"] = LexiconSentiment(sentiment_lexicon())
         groups = write_all(
             common, settings, reference, policy, rewarder, prompts[: settings.n_prompts]
         )
-        scores = {
-            name: {key: score(*texts_of(group)) for key, score in scorers.items()}
-            for name, group in groups.items()
-        }
+        give_back_memory()
+        tokenizer, lm = load_tokenizer(reference), load_named(reference).to(device_of(common))
+        if tokenizer.eos_token_id is not None:
+            scorers[LIKELIHOOD] = LogLikelihood(lm, tokenizer, dtype_of(common))
+        columns = sorted(set(prompts[0]) - {"prompt"})
+        scores = {name: scores_of(group, columns, scorers) for name, group in groups.items()}
         facts["measures"] = {name: measures(groups[name], scores[name]) for name in groups}
         facts["gain"] = {
-            key: mean_interval(scores[POLICY][key] - scores[WARM_START][key]) for key in scorers
+            key: mean_interval(scores[POLICY][key] - scores[WARM_START][key])
+            for key in scores[POLICY]
         }
         write_report(folder, made, facts, groups, scores, settings)
+    if policy == str(folder / "policy"):
+        complete_card(folder, facts)
     say(summary(facts))
     say(f"Report: {folder / 'report.md'}")
+
+
+def scores_of(
+    episodes: Episodes, columns: list[str], scorers: dict[str, Callable[..., Any]]
+) -> "dict[str, np.ndarray]":
+    """Score a writer's texts by all scorers, and by the terms of one that has several."""
+    import numpy as np
+
+    from reward_models import WeightedSum
+    from reward_models.contract import asked_for
+
+    prompts, completions = texts_of(episodes)
+    given: dict[str, Any] = {"prompts": prompts, "completions": completions}
+    given |= {name: [episode[name] for episode in episodes] for name in columns}
+    found: dict[str, np.ndarray] = {}
+    for key, scorer in scorers.items():
+        if key in found:  # a metric that is a term of the reward too
+            continue
+        if asked_for(scorer):  # of tokens, which only the environment has shown it
+            found[key] = np.array([episode["score"] for episode in episodes])
+            continue
+        if isinstance(scorer, WeightedSum):
+            parts = scorer.parts(**given)
+            found[key] = scorer.total(parts)
+            found |= dict(zip(scorer.names, parts, strict=True))
+        else:
+            found[key] = np.asarray(scorer(**given), dtype=float)
+    return found
 
 
 def check(common: Common, settings: Check) -> int:
@@ -1008,7 +1242,7 @@ def verdicts_of_reward(
         yield checks.Verdict("reward", "look", "not checked: there is none; give it as --reward")
         return
     try:
-        reward_fn = named_reward(common, reward)
+        reward_fn = reward_function(common, reward, None)
     except Exception as error:  # whatever a user's module does when imported
         reason = " ".join(str(error).split())
         yield checks.Verdict("reward", "wrong", f"cannot be loaded from {reward!r}: {reason}")
@@ -1023,22 +1257,128 @@ def verdicts_of_reward(
         yield checks.attempt(name, look, reward_fn, *texts, further)
 
 
+def by_name(terms: Terms) -> dict[str, Any]:
+    """Return a reward's terms by name."""
+    return terms if isinstance(terms, dict) else {terms or "learned": 1.0}
+
+
+def reward_function(common: Common, terms: Terms, reward_model: str | None) -> Callable[..., Any]:
+    """Return the reward function that settings ask for.
+
+    Args:
+        common: Whose run has the reward model and the warm start that terms may mean.
+        terms: As in `PPO.reward`.
+        reward_model: Folder or hub id of what `learned` means; None: the run's.
+    """
+    from agents.language_model import load_named
+    from agents.likelihood import LogLikelihood
+    from reward_models import load_reward_model, weighted_sum
+    from reward_models.composed import TERMS
+    from text_env.vocabulary import load_tokenizer
+
+    def other(name: str) -> Callable[..., Any]:
+        if name == "learned":
+            learned = reward_model or left_by("reward", folder_of(common) / "reward_model")
+            return load_reward_model(learned, device_of(common))
+        if name == "likelihood":
+            sft = str(left_by("sft", folder_of(common) / "sft"))
+            lm = load_named(sft).to(device_of(common))
+            return LogLikelihood(lm, load_tokenizer(sft), dtype_of(common))
+        return named_reward(common, name)
+
+    if not isinstance(terms, dict) and (terms or "learned") not in TERMS:
+        return other(terms or "learned")  # as it is, whatever it returns
+    return weighted_sum(by_name(terms), other)
+
+
 def named_reward(common: Common, name: str) -> Callable[..., Any]:
     """Return a reward model from a folder or hub id, or a function from module:name."""
     from reward_models import load_reward_model
+    from reward_models.composed import TERMS
     from text_env.scoring import load_reward
 
     if ":" in name and not Path(name).exists():
         if os.getcwd() not in sys.path:  # where a user's module would be looked for
             sys.path.append(os.getcwd())
         return load_reward(name)
-    return load_reward_model(name, device_of(common))
+    try:
+        return load_reward_model(name, device_of(common))
+    except OSError as error:
+        known = ", ".join([*TERMS, "learned", "likelihood"])
+        raise ValueError(
+            f"{name}: expected one of {known}, a function as module:name, or the folder or hub id "
+            f"of a reward model ({str(error).partition(chr(10))[0]})"
+        ) from error
 
 
 def in_columns(level: str, name: str, said: str) -> str:
     """Lay out a verdict: level, name, and the sentence in lines of its own column."""
     lines = textwrap.wrap(said, 72) or [""]
     return "\n".join([f"{level:<5}  {name:<18} {lines[0]}", *(" " * 26 + x for x in lines[1:])])
+
+
+def chat(common: Common, settings: Chat) -> None:
+    """Talk with a run's policy at the terminal; it writes as it was trained to.
+
+    With a chat template in its tokenizer it is given the conversation, and without one each text of
+    yours, to go on from.
+    """
+    from agents.chat import converse
+    from reward_models.feedback.terminal import visible
+
+    set_up(common)
+    folder = settings.run_folder
+    settings = as_in_ppo(folder, settings)
+    policy = settings.policy or str(left_by("ppo", folder / "policy"))
+    write, templated = replies(common, settings, policy)
+    converse(write, templated, visible)
+
+
+def replies(
+    common: Common, settings: Writing, lm: str
+) -> tuple[Callable[[str | list[dict[str, str]]], Iterator[str]], bool]:
+    """Return what writes after a text or conversation, as it grows, and if it takes the latter."""
+    import numpy as np
+
+    from agents.language_model import load_named
+    from text_env import TextVecEnv
+    from text_env.vocabulary import load_tokenizer
+
+    assert settings.max_new_tokens is not None
+    tokenizer, model = load_tokenizer(lm), load_named(lm)
+    templated = getattr(tokenizer, "chat_template", None) is not None
+    positions = getattr(model.config, "max_position_embeddings", None) or LONGEST_CHAT
+    env = TextVecEnv(
+        num_envs=1,
+        autoreset=False,
+        tokenizer=tokenizer,
+        prompts=[[{"role": "user", "content": "?"}]] if templated else ["?"],
+        reward_fn=lambda prompts, completions, **_: [0.0],
+        max_prompt_tokens=min(positions, LONGEST_CHAT) - settings.max_new_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        allowed_token_ids=tokens_of(settings.vocabulary, tokenizer),
+    )
+    policy = writer(common, settings, env, model)
+
+    def write(prompt: str | list[dict[str, str]]) -> Iterator[str]:
+        env.set_options({"prompt": prompt})
+        obs, done, info = env.reset(), False, {}
+        n_prompt = int((obs[0] >= 0).sum())
+        while not done:
+            token, _ = policy.predict(obs, action_masks=np.array(env.action_masks()))
+            obs, _, dones, infos = env.step(token)
+            done, info = bool(dones[0]), infos[0]
+            if not done:
+                ids = obs[0][obs[0] >= 0]
+                yield env.task.vocabulary.completion_text(ids[:n_prompt], ids[n_prompt:])
+        yield info["completion"]
+
+    return write, templated
+
+
+LONGEST_CHAT = 2048
+"""Tokens of a conversation that are looked at, at most."""
 
 
 # --------------------------------------------------------------------------------- people
@@ -1063,11 +1403,10 @@ def annotate(common: Common, settings: Annotate) -> None:
             tasks = tasks_to_ask(common, settings)
             overlap = (settings.overlap_share, settings.overlap_annotators)
             say(f"{store.add(tasks, *overlap)} new tasks")
-        elif settings.ensemble is not None:
-            raise ValueError(
-                "expected tasks, policy or prompts beside ensemble, which puts new tasks in order: "
-                f"{file} has some already"
-            )
+        if settings.ensemble is not None:
+            waiting = with_uncertainty(common, store.unanswered(), settings.ensemble)
+            store.add(waiting)  # they are there: it is told how uncertain each is
+            say(f"{len(waiting)} tasks without all their answers put in order, the disputed first")
         if settings.terminal:
             here = settings.annotator or getpass.getuser()
             account = accounts.find(here) or accounts.create(here)
@@ -1126,8 +1465,6 @@ def tasks_to_ask(common: Common, settings: Annotate) -> "list[Task]":
         else:
             theirs = samples_of(common, settings, settings.against, prompts, settings.samples)
             tasks = tasks_side_by_side(mine, theirs, (policy, settings.against))
-    if settings.ensemble is not None:
-        tasks = with_uncertainty(common, tasks, settings.ensemble)
     return tasks
 
 
@@ -1141,13 +1478,14 @@ def with_uncertainty(common: Common, tasks: "list[Task]", ensemble: Path) -> "li
     from reward_models import RewardEnsemble
 
     model = RewardEnsemble.load(ensemble, device_of(common))
-    prompts = [task.prompt for task in tasks]
-    sides = [list(side) for side in zip(*(task.completions for task in tasks), strict=True)]
-    measure: Any = model.pair_uncertainty if len(sides) == 2 else model.spread
-    return [
-        replace(t, uncertainty=float(u))
-        for t, u in zip(tasks, measure(prompts, *sides), strict=True)
-    ]
+    said: list[Task] = []
+    for n_texts, measure in ((1, model.spread), (2, model.pair_uncertainty)):
+        some = [task for task in tasks if len(task.completions) == n_texts]
+        if some:
+            sides = map(list, zip(*(task.completions for task in some), strict=True))
+            found: Any = measure([task.prompt for task in some], *sides)
+            said += [replace(t, uncertainty=float(u)) for t, u in zip(some, found, strict=True)]
+    return said
 
 
 def store_file(common: Common, given: Path | None, there: bool = False) -> Path:
@@ -1186,10 +1524,17 @@ def export_answers(common: Common, settings: Export) -> None:
     """Write the answers to a file: records (.jsonl), or ratings (.csv)."""
     from reward_models.feedback import FeedbackStore, write_feedback, write_ratings_csv
 
+    kind = settings.kind
+    if settings.file.suffix == ".csv":
+        if kind not in (None, "rating"):
+            raise ValueError(
+                f"expected a .jsonl file for {kind}s, got {settings.file}: a .csv "
+                "holds ratings only"
+            )
+        kind = "rating"
     if settings.file.exists() and not common.overwrite:
         raise FileExistsError(f"{settings.file} exists already: pass --overwrite true")
     with FeedbackStore(store_file(common, settings.store, there=True)) as store:
-        kind = "rating" if settings.file.suffix == ".csv" else settings.kind
         records = store.export(kind, settings.ties)
     write = write_ratings_csv if settings.file.suffix == ".csv" else write_feedback
     say(f"{len(records)} answers: {write(settings.file, records)}")
@@ -1211,6 +1556,58 @@ def forget(common: Common, settings: Forget) -> None:
             say(f"{len(records) - len(kept)} of them were in {write_feedback(written, kept)} too")
 
 
+def worth(common: Common, settings: Worth) -> None:
+    """Say how many more answers are worth it; leaves learning-curve.png and learning-curve.json.
+
+    Reward models are fitted on an eighth, a quarter, half and all of the answers, measured on the
+    same held-out ones, and the curve is continued.
+    """
+    from collections import Counter
+
+    from reward_models import LearnedRewardModel
+    from reward_models.feedback import FeedbackStore
+    from reward_models.fitting import split
+    from reward_models.learning_curve import in_words, learning_curve
+    from reward_models.plots import plot_learning_curve
+
+    set_up(common)
+    with FeedbackStore(store_file(common, settings.store, there=True)) as store:
+        kinds = Counter(answer.task.kind for answer in store.answers())
+        kind = settings.kind or (kinds.most_common(1)[0][0] if kinds else None)
+        records = store.export(kind)
+    learned, held_out = split(records, settings.held_out, common.seed)
+    if len(learned) < LEAST_ANSWERS:
+        raise ValueError(
+            f"expected {LEAST_ANSWERS} {kind or 'answer'}s or more to learn from, for a curve, got "
+            f"{len(learned)} and {len(held_out)} held out"
+        )
+    base, bar = named_model(settings.model), progress(4, "fitting")
+    curve = learning_curve(
+        lambda seed: LearnedRewardModel.from_pretrained(base, device_of(common), seed=seed),
+        learned,
+        held_out,
+        [len(learned) // part for part in (8, 4, 2, 1)],
+        f"{kind}s",
+        settings.repeats,
+        common.seed,
+        on_point=lambda _: bar.update(),
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+    )
+    bar.close()
+    said = in_words(curve, len(records), settings.least_gain)
+    folder = folder_of(common)
+    plot_learning_curve(curve, folder / "learning-curve.png")
+    facts = {"answers": len(records), "least_gain": settings.least_gain, "said": said}
+    write_text(folder / "learning-curve.json", json.dumps(facts | asdict(curve), indent=1))
+    say(said)
+
+
+LEAST_ANSWERS = 32
+"""So many to learn from, for a curve: its first point has an eighth of them."""
+
+
 def compare(common: Common, settings: Compare) -> None:
     """Say how often one policy's completions are better than another's: judge, reward, people."""
     import numpy as np
@@ -1218,7 +1615,7 @@ def compare(common: Common, settings: Compare) -> None:
     from reward_models import load_reward_model
     from reward_models.evaluation import share_interval
     from reward_models.feedback import FeedbackStore, tasks_side_by_side
-    from reward_models.feedback.agreement import win_rates
+    from reward_models.feedback.agreement import win_rates, with_equal_pairs
     from text_env.prompts import load_prompts
 
     set_up(common)
@@ -1229,12 +1626,14 @@ def compare(common: Common, settings: Compare) -> None:
     mine, theirs = (samples_of(common, settings, lm, prompts, 1) for lm in policies)
     asked = [prompt for prompt, texts in mine.items() for _ in texts]
     sides = [[text for texts in side.values() for text in texts] for side in (mine, theirs)]
+    same = np.array([one == two for one, two in zip(*sides, strict=True)])
     found: dict[str, Any] = {}
     for name in ("judge", "reward_model"):
         if (folder / name).exists():
             model = load_reward_model(folder / name, device_of(common))
             one, two = (model.score(asked, texts) for texts in sides)
-            wins = float(np.sum(one > two) + 0.5 * np.sum(one == two))
+            tie = same | (one == two)  # equal texts are, whatever is in their batches
+            wins = float(np.sum((one > two) & ~tie) + 0.5 * np.sum(tie))
             found[name] = [*share_interval(wins, len(asked)), len(asked)]
     file = settings.store or folder / "compare.sqlite"  # nothing is learned from these answers
     if settings.ask:
@@ -1243,22 +1642,27 @@ def compare(common: Common, settings: Compare) -> None:
         say(f"{new} new tasks: python train.py annotate --run {folder} --store {file}")
     if file.exists():
         with FeedbackStore(file) as store:
-            rates = {(r.origin, r.against): list(r.rate) for r in win_rates(store.answers())}
+            rates = {
+                (r.origin, r.against): with_equal_pairs(r.rate, int(same.sum()), len(asked))
+                for r in win_rates(store.answers())
+            }
         if policies in rates:
-            found["people"] = rates[policies]
+            found["people"] = list(rates[policies])
         elif policies[::-1] in rates:  # rates are of the first by name
             share, low, high, n = rates[policies[::-1]]
             found["people"] = [1 - share, 1 - high, 1 - low, n]
     if not found:
         raise ValueError(f"expected a judge or reward_model in {folder}, or answers; found none")
     say(f"{settings.first} is better than {settings.second}, on {len(asked)} prompts:")
+    if same.any():
+        say(f"  {same.sum()} of the pairs are equal: half a win each; people are not asked them")
     for name, (share, low, high, n) in found.items():
         say(f"  {name}: {share:.2f} [{low:.2f}, {high:.2f}] of {n}")
     rows = [
         {"prompt": prompt, "first": one, "second": two}
         for prompt, one, two in zip(asked, *sides, strict=True)
     ]
-    result = {"policies": policies, "win_rate": found}
+    result = {"policies": policies, "win_rate": found, "equal": int(same.sum())}
     write_text(
         folder / "compare.json",
         json.dumps(result | {"samples": rows}, indent=1, ensure_ascii=False),
@@ -1269,7 +1673,8 @@ def loop(common: Common, settings: Loop) -> None:
     """Go round: sample, ask people, fit a reward model, PPO from the last policy, evaluate.
 
     A round is a folder of the run. What is there is not done again, so a loop that was stopped, by
-    people who have not answered yet or by anything else, goes on where it was.
+    people who have not answered yet or by anything else, goes on where it was, with the settings
+    that it began with (config-loop.yaml).
     """
     folder = folder_of(common)
     policy = prepare_loop(common, settings)
@@ -1299,7 +1704,10 @@ def loop(common: Common, settings: Loop) -> None:
         if not is_done(turn, "reward"):
             reward(turn, replace(settings.reward, feedback=records, judge_feedback=None))
         if not is_done(turn, "ppo"):
-            ppo(turn, replace(settings.ppo, policy=policy, reward_model=str(model)))
+            how = replace(settings.ppo, policy=policy, reward_model=str(model))
+            if any(here.glob("ppo.unfinished/checkpoints/step-*")):
+                how = as_begun(turn, replace(how, resume=here), ())
+            ppo(turn, how)
         if not is_done(turn, "evaluate"):
             evaluate(turn, settings.evaluate)
         policy, ensemble = str(trained), model if settings.reward.members > 1 else None
@@ -1321,6 +1729,9 @@ def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None
     asked, records, n = here / "asked.json", here / "feedback.jsonl", settings.comparisons
     if records.exists():
         return records
+    several = settings.overlap_annotators if settings.overlap_share else 1
+    if settings.people == "simulated":
+        several = min(several, settings.simulated.annotators)
     with FeedbackStore(here.parent / "feedback.sqlite", common.seed) as store:
         if not asked.exists():
             set_up(common)
@@ -1334,16 +1745,20 @@ def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None
                 tasks = with_uncertainty(common, tasks, ensemble)
                 tasks.sort(key=lambda task: task.uncertainty or 0.0, reverse=True)
             tasks = tasks[:n]  # what is too many now would be asked in the rounds to come
-            store.add(tasks)
+            store.add(tasks, settings.overlap_share, several)
             write_text(asked, json.dumps({"tasks": len(tasks)}))
-        n = min(n, json.loads(asked.read_text(encoding="utf-8"))["tasks"])
         if settings.people == "simulated":
             simulate(common, settings.simulated, store)
-        answered = {a.task_id for a in store.answers() if here.name in a.task.origins}
-        if len(answered) < n:
+        n, lacking = store.count_open(here.name, several)
+        if lacking:
+            share = f"; {settings.overlap_share:.0%} of them need {several} people's" * (
+                several > 1
+            )
             say(
-                f"{len(answered)} of {n} comparisons have an answer: "
+                f"{n - lacking} of {n} comparisons have all their answers{share}: "
                 f"python train.py annotate --run {here.parent}; then call the loop again"
+                + ", with --overlap_annotators 1 if there is nobody else"
+                * (several > 1)
             )
             return None
         return write_feedback(records, store.export("comparison"))
@@ -1384,50 +1799,240 @@ def simulate(common: Common, settings: Simulated, store: "FeedbackStore") -> Non
     bar.close()
 
 
+# --------------------------------------------------------------------------------- tuning
+
+
+def tune(common: Common, settings: Tune) -> None:
+    """Search the settings with which PPO does best by the judge within a KL budget.
+
+    Leaves the folder tune. The same command goes on with a search that was stopped, and called
+    several times at once, on as many processes, all work on the same one.
+    """
+    from agents import tuning, tuning_report
+    from reward_models import LearnedRewardModel
+
+    set_up(common)
+    folder = folder_of(common) / "tune"
+    judge_folder = settings.judge or str(left_by("reward", folder_of(common) / "judge"))
+    judge = LearnedRewardModel.load(judge_folder, device_of(common))
+    base = {name: value for name, value in asdict(settings.ppo).items() if name not in UNTUNED}
+    space = tuning.read_space(settings.space, base)
+    with tuning.alone(folder):
+        chosen = told_to_trials(common, settings, folder)
+    same = {f"ppo.{name}": str(value) for name, value in asdict(chosen).items()} | {
+        "space": {name: str(distribution) for name, distribution in space.items()},
+        "seed": common.seed,
+        "judge": digest_of(judge_folder),
+        "policy": digest_of(chosen.policy or ""),
+        "reward model": digest_of_reward(common, chosen),
+        **{name: getattr(settings, name) for name in MEASURING},
+    }
+    objective = tuning.Objective(settings.kl_budget, settings.kl_weight)
+    first = tuning.values_inside(space, base)
+    study = tuning.open_study(folder, same, first, settings.evaluations)
+
+    def run_trial(trial: "Trial", place: Path) -> "TrialCallback":
+        with_its_values = replace(chosen, **trial.params)
+        return train_trial(common, settings, with_its_values, judge, objective, trial, place)
+
+    def report(trial: "FrozenTrial") -> None:
+        write_tuning(settings, folder, study, objective)
+        row = tuning_report.row_of(trial)
+        say(", ".join(f"{name} {value}" for name, value in row.items() if value != ""))
+
+    tuning.search(study, folder, space, run_trial, settings.trials, common.seed, report)
+    write_tuning(settings, folder, study, objective)
+    say(tuning_report.told(study))
+    say(f"Report: {folder / 'tune.md'}")
+    say(f"To use it: python train.py ppo --config {folder / 'best.yaml'} --run …")
+
+
+MEASURING = ("kl_budget", "kl_weight", "n_prompts", "evaluations")
+"""Settings of a search that stay as they began, beside those of PPO."""
+
+UNTUNED = (
+    "policy", "reference", "reward_model", "prompts", "vocabulary", "resume", "stop_on", "shard",
+    "save_every", "checkpoint_every", "checkpoint_keep", "merge_lora",
+)  # fmt: skip
+"""Settings of PPO that are not searched."""
+
+
+def told_to_trials(common: Common, settings: Tune, folder: Path) -> PPO:
+    """Return what a trial's PPO is told but for what is searched; splits the training prompts."""
+    from reward_models.atomic import atomic_folder
+    from text_env.prompts import load_prompts
+
+    run_folder, given = folder_of(common), settings.ppo
+    vocabulary = given.vocabulary
+    if vocabulary is None and given.prompts is None:
+        vocabulary = data(common) / "language.jsonl"
+    split = folder / "prompts"
+    if not split.exists():
+        rows = load_prompts(given.prompts or data(common) / "prompts.jsonl")
+        known = {json.dumps(row["prompt"]): row for row in rows}
+        n = min(settings.n_prompts, len(known) // 2)
+        if n < 1:
+            raise ValueError(f"expected two prompts or more, to hold some out, got {len(known)}")
+        held = set(random.Random(common.seed).sample(sorted(known), n))
+        with atomic_folder(split) as made:
+            rest = (row for row in rows if json.dumps(row["prompt"]) not in held)
+            write_jsonl(made / "train.jsonl", rest)
+            write_jsonl(made / "held_out.jsonl", (known[key] for key in sorted(held)))
+    return replace(
+        given,
+        policy=given.policy or str(left_by("sft", run_folder / "sft")),
+        reward_model=given.reward_model or str(left_by("reward", run_folder / "reward_model")),
+        prompts=split / "train.jsonl",
+        vocabulary=vocabulary,
+    )
+
+
+def train_trial(
+    common: Common,
+    how: Tune,
+    settings: PPO,
+    judge: "LearnedRewardModel",
+    objective: "Objective",
+    trial: "Trial",
+    place: Path,
+) -> "TrialCallback":
+    """Train with a trial's settings as stage ppo does; leaves a log in its place, no weights."""
+    import numpy as np
+    from stable_baselines3.common.logger import Logger
+
+    from agents import DoctorCallback
+    from agents.language_model import Reference, load_named
+    from agents.tuning import Measured, TrialCallback
+    from agents.writing import write_episodes
+    from text_env.prompts import load_prompts
+    from text_env.vocabulary import load_tokenizer
+
+    assert settings.policy and settings.prompts
+    set_up(common)
+    reward_fn = reward_function(common, settings.reward, settings.reward_model)
+    env = training_env(
+        common,
+        settings,
+        load_tokenizer(settings.policy),
+        settings.prompts,
+        settings.vocabulary,
+        reward_fn,
+    )
+    model = ppo_model(common, settings, settings.policy, env)
+    model.set_logger(Logger(str(place), [appending(place / "metrics.jsonl")]))
+    reference = model.reference
+    if reference is None:  # with kl_coef 0
+        lm = load_named(settings.policy).to(model.device)
+        reference = Reference(lm, model.policy).to(model.device)
+    held_out = writing_env(
+        common,
+        Writing(**{part.name: getattr(settings, part.name) for part in fields(Writing)}),
+        settings.policy,
+        load_prompts(settings.prompts.with_name("held_out.jsonl")),
+        lambda prompts, completions, **_: judge.human_scale(prompts, completions),
+    )
+
+    def measure(policy: "CausalLMPolicy") -> Measured:
+        held_out.seed(common.seed)
+        episodes = write_episodes(policy, held_out, reference)
+        scores = np.array([episode["score"] for episode in episodes])
+        error = scores.std(ddof=min(1, len(scores) - 1)) / math.sqrt(len(scores))
+        ref_kl = np.mean([episode["ref_kl"] for episode in episodes])
+        return Measured(float(scores.mean()), float(error), float(ref_kl))
+
+    total = settings.total_timesteps
+    watched = TrialCallback(trial, measure, objective, total, how.evaluations, common.seed)
+    doctor = DoctorCallback(place / "doctor.jsonl", settings.stop_on)
+    model.learn(total, callback=[doctor, watched])
+    model.logger.close()
+    return watched
+
+
+def write_tuning(settings: Tune, folder: Path, study: "Study", objective: "Objective") -> None:
+    """Write tune.md, tune.png, and the best settings so far, best.yaml, for stage ppo."""
+    import yaml
+
+    from agents import tuning_report
+    from reward_models.atomic import atomic_file
+
+    budget = f"{settings.ppo.total_timesteps} tokens each"
+    write_text(folder / "tune.md", tuning_report.as_markdown(study, objective, budget))
+    with atomic_file(folder / "tune.png") as file:
+        tuning_report.picture(study).savefig(file, dpi=120, format="png")
+    best = tuning_report.best_of(study)
+    if best is not None:
+        values = asdict(replace(settings.ppo, **best.params))
+        plain = json.loads(json.dumps(values, default=str))
+        said = f"# Trial {best.number} of {folder}: {', '.join(best.params)} were searched.\n"
+        write_text(folder / "best.yaml", said + yaml.safe_dump(plain, sort_keys=False))
+
+
 # -------------------------------------------------------------------- data, folders, models
 
-SHARES = {"language": 0.31, "reward_model": 0.32, "judge": 0.32, "test": 0.05}
-"""How the movie sentences are split."""
-PROMPT_WORDS = 4
-"""Words of a sentence that are given as a prompt."""
+SHARES = {
+    "movies": {"language": 0.31, "reward_model": 0.32, "judge": 0.32, "test": 0.05},
+    "chinese-reviews": {"language": 0.54, "reward_model": 0.22, "judge": 0.22, "test": 0.02},
+}
+"""How the texts are split; a model that starts from nothing needs more of the language."""
+PROMPT_WORDS, PROMPT_CHARACTERS = 4, 4
+"""Words of a sentence, characters of a Chinese review, that are given as a prompt."""
 REFERENCE_TEXTS = 500
 """Texts, about, on which a reward model's scores are brought to mean 0 and SD 1."""
-LEAST_WORDS = 9
-"""Shorter sentences make no prompt: too little would be left to write."""
+LEAST_WORDS, LEAST_CHARACTERS = 9, 12
+"""Shorter texts make no prompt: too little would be left to write."""
 
 
 def data(common: Common) -> Path:
-    """Return the run's data folder; made, if need be, from the human ratings of movie sentences.
+    """Return the run's data folder; made, if need be, from what `common.data` names.
 
-    It holds language.jsonl ({"text"}), reward_model.jsonl and judge.jsonl (ratings), and
-    prompts.jsonl and test_prompts.jsonl ({"prompt"}). The sentences are split by a hash of the
-    text: none is in two parts. Training prompts are beginnings of the language part.
+    It holds language.jsonl ({"text"}), reward_model.jsonl and judge.jsonl (ratings or labels),
+    prompts.jsonl and test_prompts.jsonl ({"prompt"}), and source.json. The texts are split by a
+    hash: none is in two parts. Training prompts are beginnings of the language part.
     """
     from reward_models import write_feedback
     from reward_models.atomic import atomic_folder
-    from reward_models.human_ratings import load_human_ratings
     from text_env import split_by_hash
 
     folder = folder_of(common) / "data"
     if not folder.exists():
-        say("What is not given comes from movie sentences rated by people.")
-        rated = {tidy(item.text): item for item in load_human_ratings(("movies",))}
-        parts = split_by_hash(rated, SHARES)
+        source, (records, whence, prompts_of) = common.data, SOURCES[common.data]
+        say(f"What is not given comes from {whence}.")
+        judged = records()
+        parts = split_by_hash(judged, SHARES[source])
         test = prompts_of(parts["test"])
         with atomic_folder(folder) as made:
             write_jsonl(made / "language.jsonl", ({"text": text} for text in parts["language"]))
             for name in ("reward_model", "judge"):
-                write_feedback(
-                    made / f"{name}.jsonl",
-                    (replace(rated[text].as_feedback(), completion=text) for text in parts[name]),
-                )
+                write_feedback(made / f"{name}.jsonl", (judged[text] for text in parts[name]))
             train = dict.fromkeys(prompts_of(parts["language"]))
             for prompt in test:
                 train.pop(prompt, None)
             write_jsonl(made / "prompts.jsonl", ({"prompt": prompt} for prompt in train))
             write_jsonl(made / "test_prompts.jsonl", ({"prompt": prompt} for prompt in test))
-        say(", ".join(f"{len(texts)} {name}" for name, texts in parts.items()) + " sentences")
+            write_jsonl(made / "source.json", [{"source": source}])
+        say(", ".join(f"{len(texts)} {name}" for name, texts in parts.items()) + " texts")
     return folder
+
+
+def source_of(common: Common) -> str:
+    """Return what the run's data folder was made from, or would be."""
+    file = folder_of(common) / "data" / "source.json"
+    return json.loads(file.read_text(encoding="utf-8"))["source"] if file.exists() else common.data
+
+
+def movie_sentences() -> "dict[str, Feedback]":
+    """Return the movie sentences and what people thought of each."""
+    from reward_models.human_ratings import load_human_ratings
+
+    rated = {tidy(item.text): item for item in load_human_ratings(("movies",))}
+    return {text: replace(x.as_feedback(), completion=text) for text, x in rated.items()}
+
+
+def chinese_reviews() -> "dict[str, Feedback]":
+    """Return Chinese reviews and whether each is good."""
+    from reward_models.chinese_reviews import load_chinese_reviews
+
+    return {label.completion: label for label in load_chinese_reviews()}
 
 
 def tidy(text: str) -> str:
@@ -1435,10 +2040,23 @@ def tidy(text: str) -> str:
     return re.sub(r"\s{2,}", " - ", text.replace("''", '"')).strip()
 
 
-def prompts_of(texts: Sequence[str]) -> list[str]:
+def first_words(texts: Sequence[str]) -> list[str]:
     """Return the distinct beginnings of the longer texts, in their order."""
     words = (text.split() for text in texts)
     return list(dict.fromkeys(" ".join(w[:PROMPT_WORDS]) for w in words if len(w) >= LEAST_WORDS))
+
+
+def first_characters(texts: Sequence[str]) -> list[str]:
+    """Return the distinct beginnings of the longer texts, in their order."""
+    longer = (text for text in texts if len(text) >= LEAST_CHARACTERS)
+    return list(dict.fromkeys(text[:PROMPT_CHARACTERS] for text in longer))
+
+
+SOURCES: dict[str, tuple[Callable[[], "dict[str, Feedback]"], str, Callable[..., list[str]]]] = {
+    "movies": (movie_sentences, "movie sentences rated by people", first_words),
+    "chinese-reviews": (chinese_reviews, "Chinese reviews, good and bad", first_characters),
+}
+"""By name: the records by text, what to call them, and how prompts are made of texts."""
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -1517,7 +2135,7 @@ def is_done(common: Common, name: str) -> bool:
 
 MAKES = {
     "sft": ("sft",),
-    "reward": ("reward_model", "judge"),
+    "reward": ("reward_model", "judge", "calibration.png"),
     "ppo": (
         "policy",
         "metrics.jsonl",
@@ -1705,13 +2323,12 @@ def human_agreement() -> dict[str, float]:
 
 def tokens_of(vocabulary: Path | None, tokenizer: "PreTrainedTokenizerBase") -> list[int] | None:
     """Return the ids of the tokens that occur in the texts of a file; None without one: all."""
-    from text_env.prompts import load_texts
+    from text_env.prompts import load_examples
 
     if vocabulary is None:
         return None
-    return sorted(
-        {token for ids in tokenizer(load_texts(vocabulary))["input_ids"] for token in ids}
-    )
+    parts = [part for x in load_examples(vocabulary) for part in ([x] if isinstance(x, str) else x)]
+    return sorted({token for ids in tokenizer(parts)["input_ids"] for token in ids})
 
 
 def warm_up_and_decay(rate: float, progress: float) -> float:
@@ -1754,7 +2371,10 @@ WritingT = TypeVar("WritingT", bound=Writing)
 def as_in_ppo(folder: Path, settings: WritingT) -> WritingT:
     """Fill in how the policy of a run was trained to write, where the settings leave it open."""
     file = folder / "stages" / "ppo.json"
-    written = json.loads(file.read_text(encoding="utf-8"))["writing"] if file.exists() else {}
+    trained = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    written = trained.get("writing", {})
+    if isinstance(settings, Evaluate) and settings.reward is None:
+        settings = replace(settings, reward=trained.get("reward"))
     fallback = {"max_new_tokens": 48, "min_new_tokens": 0, "temperature": 1.0, "vocabulary": None}
     given = {key: getattr(settings, key) for key in fallback}
     chosen = {key: value for key, value in given.items() if value is not None}
@@ -1769,7 +2389,7 @@ def write_all(
     settings: Evaluate,
     reference: str,
     policy: str,
-    rewarder: "LearnedRewardModel | RewardEnsemble",
+    rewarder: Callable[..., Any],
     prompts: list[dict[str, Any]],
 ) -> dict[str, Episodes]:
     """Let policy, warm start and baselines each continue every prompt once.
@@ -1831,7 +2451,9 @@ def writing_env(
     )
 
 
-def writer(common: Common, settings: Writing, env: "TextVecEnv", lm: str) -> "CausalLMPolicy":
+def writer(
+    common: Common, settings: Writing, env: "TextVecEnv", lm: "str | PreTrainedModel"
+) -> "CausalLMPolicy":
     """Return a language model that writes in such an environment and learns nothing."""
     import numpy as np
 
@@ -1942,6 +2564,7 @@ def write_report(
         measures_table(facts["measures"]),
         "![curves](curves.png)" if rows else "",
         *doctor_section,
+        people_section(folder),
         "## Samples",
         samples_table(shown, {name: scores[name][key] for name in shown}, key, settings.n_samples),
         "## Stages",
@@ -1951,9 +2574,30 @@ def write_report(
         file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
-def notes(facts: dict[str, Any], groups: dict[str, Episodes]) -> str:
+def people_section(folder: Path) -> str:
+    """Say how the reward model agrees with each annotator and source, as Markdown.
+
+    "" where there is one of each at most, and no picture of its calibration.
+    """
+    from reward_models.tables import groups_table
+
+    file = folder / "stages" / "reward.json"
+    facts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    held_out = facts.get("reward_model", {}).get("held_out") or {}
+    drawn = (folder / "calibration.png").exists()
+    parts = [
+        groups_table(held_out.get("annotators", {}), "annotator"),
+        groups_table(held_out.get("origins", {}), "source"),
+        "![calibration](calibration.png)" if drawn else "",
+    ]
+    return "\n\n".join(["## The reward model and people"] * any(parts) + [p for p in parts if p])
+
+
+def notes(facts: dict[str, Any], groups: Iterable[str]) -> str:
     """Say how to read the measures that there are."""
     parts = ["All scores are of prompt and completion together."]
+    if facts["reward"] is not None:
+        parts = [f"The score is made of {shown_terms(facts['reward'])}; terms are before weights."]
     if "judge_scale" in facts:
         scale = facts["judge_scale"]
         unit = f"on the human scale, {scale[0]:g} to {scale[1]:g}" if scale else "in logits"
@@ -1962,6 +2606,12 @@ def notes(facts: dict[str, Any], groups: dict[str, Episodes]) -> str:
     if any(name.startswith("best of") for name in groups):
         parts.append("The KL of best-of-n is the bound log n - (n - 1)/n.")
     return " ".join(parts)
+
+
+def shown_terms(terms: Terms) -> str:
+    """Say which terms a reward has, with their weights."""
+    named = {k: v if isinstance(v, dict) else {"weight": v} for k, v in by_name(terms).items()}
+    return " + ".join(f"{v.get('weight', 1.0):g} × {name}" for name, v in named.items())
 
 
 def read_lines(path: Path) -> list[str]:
@@ -2048,6 +2698,118 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+# ----------------------------------------------------------------------------- model card
+
+
+def card_of(
+    common: Common,
+    settings: PPO,
+    policy: str,
+    model: "TokenPPO",
+    env: "TextVecEnv",
+) -> dict[str, Any]:
+    """Return what the trained policy's model card says, but for what `evaluate` measures."""
+    folder = folder_of(common)
+    own = {
+        "movies": "beginnings of movie sentences",
+        "chinese-reviews": "beginnings of Chinese reviews",
+    }
+    source = own[source_of(common)] if settings.prompts is None else settings.prompts.name
+    reward = ", ".join(f"{name} ({value})" for name, value in by_name(settings.reward).items())
+    learned = str(settings.reward_model or folder / "reward_model")
+    beta = f"{settings.kl_coef:g} score units per nat"
+    if settings.target_ref_kl is not None:
+        beta += f", adapted to {settings.target_ref_kl:g} nats: {model.kl.coef:.3g} at the end"
+    training = {
+        "from": f"`{base_of(policy)}`",
+        "prompts": f"{len(env.task.prompts)}, {source}",
+        "reward": reward if settings.reward else "learned",
+        "tokens written": str(model.num_timesteps),
+        "KL penalty, β": beta,
+        "learning rate": f"{settings.learning_rate:g}",
+        "passes over each rollout": str(settings.n_epochs),
+        "layers that learned": str(settings.trainable_layers or "all"),
+    }
+    if "learned" in by_name(settings.reward):
+        training["reward model"] = f"made from `{base_of(learned)}`"
+    if settings.lora_rank is not None:
+        merged = "merged in" if settings.merge_lora else "kept apart"
+        training["adapters"] = f"rank {settings.lora_rank}, {merged}"
+    for name in ("sft", "reward"):
+        file = folder / "stages" / f"{name}.json"
+        if file.exists():
+            found = found_by(json.loads(file.read_text(encoding="utf-8")))
+            training[{"sft": "warm start", "reward": "feedback"}[name]] = "; ".join(found)
+    return {
+        "base_model": base_of(policy),
+        "is_adapters": settings.lora_rank is not None and not settings.merge_lora,
+        "training": training,
+        "example": env.task.prompts[0].text,
+        "sampling": {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "min_new_tokens": settings.min_new_tokens,
+            "max_new_tokens": settings.max_new_tokens,
+        },
+    }
+
+
+RESTRICTED = (
+    "It was trained with {} tokens allowed; `generate` knows nothing of it, and may write others."
+)
+"""A limit of a policy with a vocabulary of its own."""
+
+
+def base_of(lm: str) -> str:
+    """Return the hub id of what a model was made from; if that is unknown, its folder's name."""
+    from huggingface_hub import ModelCard
+
+    folder = Path(lm)
+    if not folder.is_dir():
+        return HUB_IDS.get(lm, lm)
+    made_by = {"sft": "sft", "reward_model": "reward"}.get(folder.name)
+    facts, card = folder.parent / "stages" / f"{made_by}.json", folder / "README.md"
+    if facts.exists():
+        made_from = json.loads(facts.read_text(encoding="utf-8")).get("model")
+        return base_of(made_from) if made_from else folder.name
+    if card.exists() and (known := ModelCard.load(card).data.base_model):
+        return known if isinstance(known, str) else known[0]
+    return folder.name
+
+
+HUB_IDS = {
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+}
+"""Of the models that have a short name."""
+
+
+def write_card(policy: Path, card: dict[str, Any], results: str = "") -> None:
+    """Write a policy's model card into its folder."""
+    from agents.model_card import model_card
+
+    write_text(policy / "README.md", model_card(**card, results=results))
+
+
+def complete_card(folder: Path, facts: dict[str, Any]) -> None:
+    """Add to the model card of a run's policy what `evaluate` has measured."""
+    from reward_models.measures import measures_table
+
+    stage_facts = folder / "stages" / "ppo.json"
+    known = json.loads(stage_facts.read_text(encoding="utf-8")) if stage_facts.exists() else {}
+    if "card" not in known:
+        return
+    parts = [
+        f"{summary(facts)}.",
+        "On test prompts, 95 % intervals in brackets. " + notes(facts, facts["measures"]),
+        measures_table(facts["measures"]),
+    ]
+    if (folder / "curves.png").exists():
+        shutil.copyfile(folder / "curves.png", folder / "policy" / "curves.png")
+        parts.append("![curves](curves.png)")
+    write_card(folder / "policy", known["card"], "\n\n".join(parts))
+
+
 # ------------------------------------------------------------------------------------ CLI
 
 STAGES: dict[str, tuple[Callable[..., int | None], type]] = {
@@ -2057,13 +2819,16 @@ STAGES: dict[str, tuple[Callable[..., int | None], type]] = {
     "ppo": (ppo, PPO),
     "evaluate": (evaluate, Evaluate),
     "check": (check, Check),
+    "chat": (chat, Chat),
     "annotate": (annotate, Annotate),
     "feedback account": (make_account, SignIn),
     "feedback import": (import_answers, Import),
     "feedback export": (export_answers, Export),
     "feedback forget": (forget, Forget),
+    "feedback worth": (worth, Worth),
     "compare": (compare, Compare),
     "loop": (loop, Loop),
+    "tune": (tune, Tune),
 }
 
 
@@ -2096,6 +2861,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments.insert(0, "run")
     parser = make_parser()
     parsed = parser.parse_args(arguments)
+    began = loop_begun(parsed)
+    if began is not None:  # what is not asked for otherwise is as it was
+        parsed = parser.parse_args([arguments[0], "--config", str(began), *arguments[1:]])
     name, chosen = parsed.stage, parsed[parsed.stage]
     parts = parser.instantiate(parsed)[name]
     if name == "feedback":
@@ -2113,14 +2881,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resumes = isinstance(settings, PPO) and settings.resume is not None
         if resumes:
             common.run = resumed_run(common, settings)
-            settings = as_begun(common, settings)
+            asked = parser.parse_args(arguments, defaults=False)[name]
+            settings = as_begun(common, settings, asked)
         elif isinstance(settings, Run) and settings.ppo.resume is not None:
             raise ValueError("expected resume with the stage ppo, got it with run")
-        if process_number() == 0 and name != "check":
+        if process_number() == 0 and name not in ("check", "chat"):
             common.run = run_folder(common, name)
             if not resumes:
                 refuse_to_replace(common, name)
         with held(common, name):
+            if began is not None:
+                refuse_other_settings(began, chosen)
             if name in ("run", "loop"):
                 file = "config.yaml" if name == "run" else "config-loop.yaml"
                 save_config(common, file, chosen)
@@ -2145,7 +2916,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signum = getattr(error, "signum", None)  # StoppedBySignal, which is not imported here
         if signum is None:
             raise
-        say(f"train.py {name}: {error}: python train.py ppo --resume {common.run}")
+        go_on = f"loop --run {common.run}" if name == "loop" else f"ppo --resume {common.run}"
+        say(f"train.py {name}: {error}: python train.py {go_on}")
         return 128 + int(signum)
     return code or 0
 
@@ -2187,12 +2959,77 @@ def save_config(common: Common, name: str, chosen: "Namespace") -> None:
 
     if process_number() > 0:
         return
+    with atomic_file(folder_of(common) / name) as aside:
+        aside.write_text(yaml.safe_dump(as_plain(chosen), sort_keys=False), encoding="utf-8")
+
+
+def as_plain(chosen: "Namespace") -> dict[str, Any]:
+    """Return what was asked for as JSON knows it, but for the place."""
     values = chosen.clone().as_dict()
     values.pop("config", None)
     values |= {"run": None, "overwrite": False}
-    plain = json.loads(json.dumps(values, default=str))
-    with atomic_file(folder_of(common) / name) as aside:
-        aside.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    return json.loads(json.dumps(values, default=str))
+
+
+FREE_IN_LOOP = (
+    *("rounds", "overlap_annotators", "threads", "device"),
+    *("ppo.save_every", "ppo.checkpoint_every", "ppo.checkpoint_keep"),
+)
+"""Settings that may be others when a loop goes on."""
+SAMPLED_WITH = (*(f"ppo.{f.name}" for f in fields(Writing)), "ppo.policy", "ppo.prompts")
+"""Settings of PPO that a loop asks with, too."""
+MADE_WITH = {
+    "sft": ("sft",),
+    "judge": ("judge",),
+    "reward": ("round-*/stages/reward.json",),
+    "ppo": ("round-*/stages/ppo.json", "round-*/ppo.unfinished/checkpoints/step-*"),
+    "evaluate": ("round-*/stages/evaluate.json",),
+}
+"""What a loop has when settings of these parts have been used; of the others, any of `ASKED`."""
+ASKED = ("sft", "judge", "round-*/asked.json")
+
+
+def loop_begun(parsed: "Namespace") -> Path | None:
+    """Return the settings that a loop began with, if it is to go on with one."""
+    run = parsed[parsed.stage].run if parsed.stage == "loop" else None
+    return (
+        None if run is None or not (run / "config-loop.yaml").exists() else run / "config-loop.yaml"
+    )
+
+
+def refuse_other_settings(began: Path, chosen: "Namespace") -> None:
+    """Raise ValueError if a loop is asked to go on with settings that it did not begin with.
+
+    Those of a part that has not been done yet may be mended.
+    """
+    import yaml
+
+    def is_used(name: str) -> bool:
+        marks = MADE_WITH.get(name.split(".")[0], ASKED)
+        marks += ASKED[2:] if name in SAMPLED_WITH else ()
+        return any(any(began.parent.glob(mark)) for mark in marks)
+
+    was = by_dotted_name(yaml.safe_load(began.read_text(encoding="utf-8")))
+    now = by_dotted_name(as_plain(chosen))
+    other = [
+        f"{name} is {was[name]}, not {now[name]}"
+        for name in now
+        if name in was and now[name] != was[name] and name not in FREE_IN_LOOP and is_used(name)
+    ]
+    if other:
+        raise ValueError(
+            f"expected the settings that this loop began with, where {', '.join(other)}: leave "
+            "them out to go on with it, or begin another in a folder of its own (--run)"
+        )
+
+
+def by_dotted_name(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Return nested settings as one level: {"ppo": {"n_envs": 8}} is {"ppo.n_envs": 8}."""
+    flat = {}
+    for name, value in values.items():
+        part = isinstance(value, dict)
+        flat |= by_dotted_name(value, f"{before}{name}.") if part else {before + name: value}
+    return flat
 
 
 if __name__ == "__main__":

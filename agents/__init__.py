@@ -17,6 +17,7 @@ from agents.lm_wrappers import LMFeatures, TopKActions, VecLMFeatures, VecTopKAc
 from agents.policy import CausalLMPolicy
 from agents.token_embedding import TokenEmbeddingExtractor
 from agents.token_ppo import TokenPPO
+from agents.weight_schedule import WeightScheduleCallback
 
 for _algorithm in (A2C, PPO):
     _algorithm.policy_aliases["CausalLMPolicy"] = CausalLMPolicy
@@ -41,5 +42,6 @@ __all__ = [
     "TopKActions",
     "VecLMFeatures",
     "VecTopKActions",
+    "WeightScheduleCallback",
     "newest_whole",
 ]

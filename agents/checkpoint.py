@@ -95,9 +95,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], Tensors]:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Verify a checkpoint and read its state alone."""
+    """Verify a checkpoint's state, and read it alone, without the tensors."""
     folder = found_at(path)
-    verify(folder)
+    verify(folder, [STATE])
     return _state_in(folder)
 
 
@@ -119,14 +119,19 @@ def found_at(path: str | Path) -> Path:
     raise FileNotFoundError(f"expected a checkpoint, got {str(path)!r}, which is no folder")
 
 
-def verify(path: Path) -> list[str]:
+def verify(path: Path, names: Iterable[str] | None = None) -> list[str]:
     """Compare a checkpoint with its manifest; return the names of its files.
+
+    Args:
+        path: The checkpoint.
+        names: Compare these files only.
 
     Raises:
         DamagedCheckpoint: If they differ, with the name of the file.
     """
     files = _read_manifest(path)
-    for name, expected in files.items():
+    for name in files if names is None else names:
+        expected = files[name]
         if not (path / name).is_file():
             raise DamagedCheckpoint(f"{path}: {name} is missing")
         size = (path / name).stat().st_size

@@ -1,5 +1,6 @@
 """A callback that keeps a run's checkpoints, and stops a run at a signal without loss."""
 
+import math
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,12 +77,26 @@ class CheckpointFolderCallback(BaseCallback):
         self._rollouts, self._saved_at = 0, 0
         self._best: dict[str, Any] | None = None
         self._signal: int | None = None
+        self._looked = False
+
+    def _on_training_start(self) -> None:
+        self._looked = False
+        if self.model.num_timesteps < self._saved_at:  # another training
+            self._rollouts, self._saved_at, self._best = 0, 0, None
 
     def _on_step(self) -> bool:
         return True
 
     def between_tokens(self) -> None:
-        """Save here, where the model is at rest, if it is time to; stop if that is asked."""
+        """Save here, where the model is at rest, if it is time to; stop if that is asked.
+
+        Raises:
+            FileExistsError: If the folder has checkpoints of later steps.
+            StoppedBySignal: If a signal came.
+        """
+        if not self._looked:
+            self.store.require_none_after(self.model.num_timesteps)
+            self._looked = True
         if self._signal is not None:
             raise StoppedBySignal(self._signal, self.save())
         new_rollout = self.model.rollout_buffer.pos == 0
@@ -107,7 +122,9 @@ class CheckpointFolderCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         self._rollouts += 1
         value = self.logger.name_to_value.get(self.best_key) if self.best_key else None
-        if value is None or not self._saved_at == self.model._tokens_before > 0:
+        if value is None or not math.isfinite(value):
+            return
+        if not self._saved_at == self.model._tokens_before > 0:
             return  # its weights are not those of a checkpoint
         if self._best is None or float(value) > self._best["value"]:
             name = self.store.path_of(self._saved_at).name
@@ -145,6 +162,7 @@ class CheckpointFolderCallback(BaseCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+        self._signal = None
         before = {number: signal.signal(number, stop) for number in signals}
         try:
             yield

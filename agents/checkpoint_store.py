@@ -45,23 +45,47 @@ class CheckpointStore:
             discard(path)
         write(path)
         with suppress(OSError):  # what should go stays, whole, and goes the next time
-            self.prune()
+            self.prune(step)
         return path
 
     def path_of(self, step: int) -> Path:
         """Return where the checkpoint of a step is, if there is one."""
         return self.folder / f"{PREFIX}{step:08d}"
 
-    def prune(self) -> None:
-        """Remove all but the last few and the best, and what crashes left behind."""
-        best = self.best()
-        for path in checkpoints_in(self.folder)[: -self.keep]:
+    def prune(self, step: int | None = None) -> None:
+        """Remove all but the last few and the best, and what crashes left behind.
+
+        Args:
+            step: The last ones are those up to this step (tokens); of later ones, from before the
+                run went on from an earlier one, the damaged go. None: the last of all.
+        """
+        best, found = self.best(), checkpoints_in(self.folder)
+        if step is not None:
+            later = [path for path in found if (step_of(path) or 0) > step]
+            found = found[: len(found) - len(later)]
+            for path in later:
+                if not is_whole(path):
+                    discard(path)
+        for path in found[: -self.keep]:
             if best is None or path != best:
                 discard(path)
         for left in self.folder.glob(f".{PREFIX}*"):
             whole = left.name.endswith(".old") and not found_at_name(left).exists()
             if not whole:
                 shutil.rmtree(left, ignore_errors=True)
+
+    def require_none_after(self, step: int) -> None:
+        """Refuse a folder that has another training's checkpoints, or this one's of another course.
+
+        Raises:
+            FileExistsError: If there is a whole one of a later step (tokens).
+        """
+        for path in reversed(checkpoints_in(self.folder)):
+            if (step_of(path) or 0) > step and is_whole(found_at(path)):
+                raise FileExistsError(
+                    f"{path} is of a later step than this training, which is at {step} tokens: go "
+                    "on from it, remove the later ones, or choose another folder"
+                )
 
     def best(self) -> Path | None:
         """Return the best checkpoint, if it is known."""

@@ -73,7 +73,8 @@ class DoctorCallback(BaseCallback):
         self.path = None if path is None else Path(path)
         self.stop_on, self.ignore = set(stop_on), set(ignore)
         self.limits = Limits(**limits)  # type: ignore[arg-type]  # window is a whole number
-        self._stopping, self._last_timesteps = False, 0
+        self._stopping: list[str] = []  # the findings that do
+        self._last_timesteps = 0
         self._forget()
 
     def _forget(self) -> None:
@@ -92,7 +93,7 @@ class DoctorCallback(BaseCallback):
             "waiting": list(self._waiting),
             "judged": list(self._judged),
             "last_timesteps": self._last_timesteps,
-            "stopping": self._stopping,
+            "stopping": list(self._stopping),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -102,10 +103,10 @@ class DoctorCallback(BaseCallback):
         self._n_updates = state["n_updates"]
         self._waiting, self._judged = list(state["waiting"]), list(state["judged"])
         self._last_timesteps = state["last_timesteps"]
-        self._stopping = state["stopping"]
+        self._stopping = sorted(self.stop_on & set(state["stopping"]))  # it may be another by now
 
     def _on_training_start(self) -> None:
-        self._stopping = False
+        self._stopping = []
         if self.num_timesteps < self._last_timesteps:  # another run: its start is another one
             self._forget()
             self._n_updates = self._updates_logged()
@@ -128,7 +129,7 @@ class DoctorCallback(BaseCallback):
     def _on_training_end(self) -> None:
         if self._look_at_update():
             self._examine()
-        self._stopping = False  # it has stopped: what is saved from now on may go on
+        self._stopping = []  # it has stopped: what is saved from now on may go on
 
     # ------------------------------------------------------------------------ the figures
 
@@ -218,7 +219,7 @@ class DoctorCallback(BaseCallback):
         if stopping := sorted(self.stop_on & set(held)):
             if not self._stopping:
                 logger.warning("doctor: training stops because of %s", ", ".join(stopping))
-            self._stopping = True
+            self._stopping = stopping
 
     def _say(self, finding: Finding) -> None:
         """Put a new finding on the screen, into TensorBoard and into the file."""

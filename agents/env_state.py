@@ -27,6 +27,12 @@ KEPT: dict[type, tuple[str, ...]] = {
 }
 """What wrappers remember of the episodes under way. (Of the seconds that they took, nothing.)"""
 
+SETTINGS: dict[type, tuple[str, ...]] = {
+    VecNormalize: ("gamma", "epsilon", "clip_reward", "norm_reward", "training"),
+    gym.wrappers.TimeLimit: ("_max_episode_steps",),
+}
+"""How wrappers were made, as far as it changes what is learned."""
+
 STATELESS = (gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker)
 
 
@@ -105,10 +111,19 @@ def _chain(env: gym.Env) -> list[gym.Wrapper] | None:
 
 def _kept(layer: Any) -> dict[str, Any]:
     values = {name: to_json(getattr(layer, name)) for name in KEPT[type(layer)]}
-    return {"of": type(layer).__name__, **values}
+    return {"of": type(layer).__name__, "settings": _settings(layer), **values}
+
+
+def _settings(layer: Any) -> dict[str, Any]:
+    return {name: to_json(getattr(layer, name)) for name in SETTINGS.get(type(layer), ())}
 
 
 def _set_kept(layer: Any, kept: dict[str, Any]) -> None:
+    if kept["settings"] != _settings(layer):
+        raise ValueError(
+            f"expected {type(layer).__name__} with the checkpoint's settings, {kept['settings']}, "
+            f"got {_settings(layer)}"
+        )
     for name in KEPT[type(layer)]:
         setattr(layer, name, from_json(kept[name]))
     if isinstance(layer, VecNormalize):

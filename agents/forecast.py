@@ -18,6 +18,7 @@ from agents.checks import Verdict, Walked, whole_batch
 from agents.packed import can_pack
 from agents.policy import CausalLMPolicy
 from agents.sequences import PAD
+from agents.states import width
 
 GIB = 2**30
 
@@ -59,7 +60,7 @@ def measure_decoding(
         tokens, _, _ = policy.forward(th.as_tensor(obs, device=policy.device))
         obs[np.arange(n_rows), length + step] = tokens.cpu().numpy()
     seconds = time.perf_counter() - start
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in policy.decoder._layers)
+    held = policy.decoder.held_bytes()
     policy.forget()
     return n_rows * n_tokens / max(seconds, 1e-9), held / n_rows
 
@@ -158,11 +159,7 @@ def memory_parts(
     lm, size = policy.lm, policy.dtype.itemsize
     learning = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     head = lm.get_output_embeddings().weight.numel()
-    linear = sum(
-        layer.weight.numel()
-        for layer in lm.base_model.modules()
-        if type(layer) in (nn.Linear, Conv1D)
-    )
+    linear = sum(m.weight.numel() for m in lm.modules() if type(m) in (nn.Linear, Conv1D)) - head
     packs = can_pack(policy.device, policy.dtype)
     copied = linear * size if packs else 0
     if policy.dtype != th.float32:
@@ -190,7 +187,7 @@ def memory_parts(
 
 def hidden_bytes(policy: CausalLMPolicy) -> int:
     """Return the bytes of one position's state."""
-    return int(policy.lm.config.get_text_config().hidden_size) * policy.dtype.itemsize
+    return width(policy.lm) * policy.dtype.itemsize
 
 
 def check_memory(parts: dict[str, float], there: float) -> Verdict:

@@ -13,28 +13,33 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
+from agents.states import close, example_ids, run, sequence_states, view
+
 
 def freeze_below(lm: PreTrainedModel, trainable_layers: int | None) -> None:
     """Let only the last layers, all if there are no more, and the final norm of `lm` learn.
 
-    None lets all of it learn, embeddings included.
+    None lets all of it learn, embeddings included. Of an encoder-decoder, the decoder's layers are
+    counted. What stands between the layers and the output layer learns with them.
 
     Raises:
         ValueError: If the number is negative, or the model has no stack of layers.
     """
     if trainable_layers is None:
         return
-    n_layers = len(stack_of(lm.base_model) or ())
+    n_layers = len(stack_of(lm) or ())
     if n_layers == 0 or trainable_layers < 0:
         raise ValueError(
             f"expected trainable_layers >= 0 of the {n_layers} layers of {type(lm).__name__}, "
             f"got {trainable_layers}"
         )
     lm.requires_grad_(False)
-    _, layers, behind = _parts(lm.base_model)
+    _, layers, behind = _parts(lm)
+    heads = {id(p) for p in lm.get_output_embeddings().parameters()}
     # What stands behind the stack of layers works on its output: the final norm.
     for part in [*layers[max(0, n_layers - trainable_layers) :], *behind]:
-        part.requires_grad_(True)
+        for parameter in part.parameters():
+            parameter.requires_grad_(id(parameter) not in heads)
 
 
 def round_frozen(lm: PreTrainedModel, dtype: th.dtype) -> None:
@@ -56,56 +61,54 @@ def frozen_copy(lm: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(lm, shared).requires_grad_(False)
 
 
-def count_frozen(body: PreTrainedModel) -> int:
+def count_frozen(lm: PreTrainedModel) -> int:
     """Count the first layers that can be run apart from the rest, as nothing in them learns.
 
     0 if something before them learns, or if the model's layers do not take and give one tensor of
     states. At least the last layer is left for the rest.
     """
-    if stack_of(body) is None:
+    if stack_of(lm) is None:
         return 0
-    before, layers, _ = _parts(body)
+    before, layers, _ = _parts(lm)
     learns = [any(p.requires_grad for p in part.parameters()) for part in layers]
     if any(p.requires_grad for part in before for p in part.parameters()):
         return 0
     n_frozen = min([*learns, True].index(True), len(layers) - 1)
-    return n_frozen if n_frozen > 0 and runs_in_two_parts(body, n_frozen) else 0
+    return n_frozen if n_frozen > 0 and runs_in_two_parts(lm, n_frozen) else 0
 
 
-def run_frozen(body: PreTrainedModel, n_frozen: int, ids: th.Tensor) -> th.Tensor:
+def run_frozen(lm: PreTrainedModel, n_frozen: int, ids: th.Tensor) -> th.Tensor:
     """Run ids (B, L) through the first `n_frozen` layers; return the states (B, L, H)."""
-    layers = stack_of(body)
+    layers = stack_of(lm)
     assert layers is not None
     end = _Catch()
     with th.no_grad():
-        view = _with_layers(body, [*layers[:n_frozen], *[end] * (len(layers) - n_frozen)])
-        view(input_ids=ids, use_cache=False)
+        kept = nn.ModuleList([*layers[:n_frozen], *[end] * (len(layers) - n_frozen)])
+        run(view(lm, layers, kept), input_ids=ids, use_cache=False)
     assert end.states is not None
     return end.states
 
 
-def go_on_from(
-    body: PreTrainedModel, n_frozen: int, states: th.Tensor, ids: th.Tensor
-) -> th.Tensor:
+def go_on_from(lm: PreTrainedModel, n_frozen: int, states: th.Tensor, ids: th.Tensor) -> th.Tensor:
     """Run the layers that follow the first `n_frozen`; return the last states (B, L, H).
 
     Args:
-        body: The model without its head.
+        lm: The model.
         n_frozen: Layers that have been run.
         states: (B, L, H), what they gave.
         ids: (B, L), the tokens.
     """
-    layers = stack_of(body)
+    layers = stack_of(lm)
     assert layers is not None
-    view = _with_layers(body, [*[_Replay(states)] * n_frozen, *layers[n_frozen:]])
-    return view(input_ids=ids, use_cache=False).last_hidden_state
+    kept = nn.ModuleList([*[_Replay(states)] * n_frozen, *layers[n_frozen:]])
+    return run(view(lm, layers, kept), input_ids=ids, use_cache=False)
 
 
 def shares_frozen(a: PreTrainedModel, b: PreTrainedModel, n_frozen: int) -> bool:
     """Say whether the first `n_frozen` layers, and all before them, are the same weights."""
     weights = []
-    for body in (a, b):
-        before, layers, _ = _parts(body)
+    for lm in (a, b):
+        before, layers, _ = _parts(lm)
         weights.append([id(p) for part in [*before, *layers[:n_frozen]] for p in part.parameters()])
     return weights[0] == weights[1]
 
@@ -116,30 +119,35 @@ def shard_layers(lm: PreTrainedModel) -> None:
     Raises:
         ValueError: If the model has no stack of layers.
     """
-    layers = stack_of(lm.base_model)
+    layers = stack_of(lm)
     if layers is None:
         raise ValueError(f"shard: expected a model with a stack of layers, got {type(lm).__name__}")
     for layer in layers:
         fully_shard(layer)
 
 
-def stack_of(body: PreTrainedModel) -> nn.ModuleList | None:
-    """Return the model's stack of layers; None if it has none."""
-    return next((part for part in body.children() if isinstance(part, nn.ModuleList)), None)
+def stack_of(lm: PreTrainedModel) -> nn.ModuleList | None:
+    """Return the model's stack of layers, an encoder-decoder's decoder's; None if it has none."""
+    parts: list[nn.Module] = [lm.get_decoder() if lm.config.is_encoder_decoder else lm]
+    while parts:
+        parts = [child for part in parts for child in part.children()]
+        for part in parts:
+            if isinstance(part, nn.ModuleList):
+                return part
+    return None
 
 
-def runs_in_two_parts(body: PreTrainedModel, n_frozen: int) -> bool:
+def runs_in_two_parts(lm: PreTrainedModel, n_frozen: int) -> bool:
     """Try it: layers of some models give tuples, or hand on more than states."""
-    n_tokens = body.get_input_embeddings().weight.shape[0]
-    ids = th.arange(8, device=body.device).reshape(2, 4) % n_tokens
+    ids = example_ids(lm, n_rows=2)
     with th.no_grad():
         try:
-            states = run_frozen(body, n_frozen, ids)
-            whole = body(input_ids=ids, use_cache=False).last_hidden_state
-            parts = go_on_from(body, n_frozen, states, ids)
+            states = run_frozen(lm, n_frozen, ids)
+            whole = sequence_states(lm, ids)
+            parts = go_on_from(lm, n_frozen, states, ids)
         except Exception:  # whatever a model does with a layer that is not its own
             return False
-    return parts.shape == whole.shape and th.allclose(parts, whole, atol=1e-4)
+    return parts.shape == whole.shape and close(parts, whole)
 
 
 class _Catch(nn.Module):
@@ -166,19 +174,21 @@ class _Replay(nn.Module):
         return self.states
 
 
-def _parts(body: PreTrainedModel) -> tuple[list[nn.Module], nn.ModuleList, list[nn.Module]]:
+def _parts(lm: PreTrainedModel) -> tuple[list[nn.Module], nn.ModuleList, list[nn.Module]]:
     """Return what stands before the stack of layers, the stack, and what stands behind it."""
-    children, layers = list(body.children()), stack_of(body)
+    layers = stack_of(lm)
     assert layers is not None
-    place = next(i for i, part in enumerate(children) if part is layers)
-    return children[:place], layers, children[place + 1 :]
-
-
-def _with_layers(body: PreTrainedModel, layers: list[nn.Module]) -> PreTrainedModel:
-    """Return a view of the model with another stack; its other parts are the same objects."""
-    view, stack = copy.copy(body), stack_of(body)
-    view._modules = {
-        name: nn.ModuleList(layers) if part is stack else part
-        for name, part in body._modules.items()
-    }
-    return view
+    before: list[nn.Module] = []
+    behind: list[nn.Module] = []
+    around: nn.Module = lm
+    while around is not layers:
+        children = list(around.named_children())
+        place = next(i for i, (_, part) in enumerate(children) if layers in part.modules())
+        for i, (name, part) in enumerate(children):
+            if i < place or (
+                i > place and "embed" in name
+            ):  # BART's norm of embeddings stands last
+                before.append(part)
+        behind = [p for name, p in children[place + 1 :] if "embed" not in name] + behind
+        around = children[place][1]
+    return before, layers, behind

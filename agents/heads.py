@@ -30,6 +30,26 @@ class TokenStatistics(NamedTuple):
     entropy: th.Tensor
 
 
+class Capping(NamedTuple):
+    """What a model makes of its output layer's products z: logits = cap·tanh(scale·z / cap).
+
+    Attributes:
+        scale: 1 in most models.
+        cap: None: logits = scale·z.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, products: th.Tensor) -> th.Tensor:
+        """Map products to logits."""
+        logits = products if self.scale == 1 else products * self.scale
+        return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
+
+
+UNCAPPED = Capping()
+
+
 class Head(NamedTuple):
     """The map from hidden states to the logits of tokens, in A places.
 
@@ -38,12 +58,13 @@ class Head(NamedTuple):
         bias: (A,), or None.
         token_ids: (A,) int64, the token at each place.
         place_of: (V,) int64, each token's place; -1 where it is never allowed.
-        temperature: Divides the logits.
+        temperature: Divides the logits, before they are capped.
         forbidden: (F,) int64, places that are never allowed.
         masks: (M, A) bool, further masks, or None.
         mask_id: (N,) int64, the row of `masks` that holds for each of N states, or None.
         dtype: What gradients are multiplied in.
         product: Multiplies states (n, H) with the weight and adds the bias, faster than PyTorch.
+        cap: Logits z become cap·tanh(z / cap), where that is not None.
     """
 
     weight: th.Tensor
@@ -56,10 +77,25 @@ class Head(NamedTuple):
     mask_id: th.Tensor | None = None
     dtype: th.dtype = th.float32
     product: Callable[[th.Tensor], th.Tensor] | None = None
+    cap: float | None = None
 
     @classmethod
-    def of(cls, layer: nn.Module, allowed: th.Tensor, temperature: float) -> "Head":
-        """Make a head of an LM's output layer and the tokens ever allowed, (V,) bool."""
+    def of(
+        cls,
+        layer: nn.Module,
+        allowed: th.Tensor,
+        temperature: float,
+        capping: Capping = UNCAPPED,
+    ) -> "Head":
+        """Make a head of an LM's output layer and the tokens ever allowed, (V,) bool.
+
+        cap·tanh(scale·z / cap) / T is cap'·tanh(z / T' / cap'), with T' = T / scale and
+        cap' = cap / T.
+        """
+        if capping.cap is not None:
+            capped = cls.of(layer, allowed, temperature, capping._replace(cap=None))
+            return capped._replace(cap=capping.cap / temperature)
+        temperature = temperature / capping.scale
         weight, bias = layer.weight, getattr(layer, "bias", None)
         token_ids = allowed.nonzero()[:, 0]
         if len(token_ids) < WORTH_GATHERING * len(weight):
@@ -94,11 +130,18 @@ class Head(NamedTuple):
                 logits = nn.functional.linear(hidden, self.weight, self.bias).float()
             if self.temperature != 1:
                 logits /= self.temperature
+            if self.cap is not None:
+                logits.div_(self.cap).tanh_().mul_(self.cap)
             if len(self.forbidden):
                 logits.index_fill_(1, self.forbidden, th.finfo(logits.dtype).min)
             if self.masks is not None and self.mask_id is not None:
                 mask_logits_(logits, self.masks[self.mask_id[part]])
             return logits
+
+    def bend(self, logits: th.Tensor) -> th.Tensor | None:
+        """Return the slope of the cap at these logits, 1 − (z/cap)²; None without a cap."""
+        # Of a masked token, which has the lowest number there is, it is 0.
+        return None if self.cap is None else (1 - (logits / self.cap) ** 2).clamp_(min=0)
 
     def places_in(self, masks: th.Tensor) -> th.Tensor:
         """Bring masks over tokens (n, V) to masks over places (n, A)."""
@@ -170,7 +213,9 @@ def token_statistics(hidden: th.Tensor, tokens: th.Tensor, head: Head) -> TokenS
 class _Statistics(th.autograd.Function):
     """Log p(a) and H = −Σ p·log p, with p = softmax(z), and their gradients.
 
-    ∂ log p(a) / ∂z = 1_a − p   and   ∂H / ∂z = −p·(log p + H).
+    ∂ log p(a) / ∂z = 1_a − p   and   ∂H / ∂z = −p·(log p + H),
+
+    each times the slope of the cap, where there is one.
 
     Where the head does not learn, ∂ log p(a) / ∂hidden = (1_a − p)·W / temperature is a vector
     per token and computed on the way forward. Where it does, 1_a − p is kept if it is small.
@@ -195,7 +240,9 @@ class _Statistics(th.autograd.Function):
         kept = any(needed) and slope is None and small
         rises = []
         for part in pieces(len(places), len(weight)):
-            log_p = log_softmax_(head.logits(hidden[part], part))
+            logits = head.logits(hidden[part], part)
+            bend = head.bend(logits) if slope is not None or kept else None
+            log_p = log_softmax_(logits)
             p = log_p.exp()
             log_prob[part] = log_p.gather(1, places[part, None])[:, 0]
             entropy[part] = -(log_p.mul_(p)).sum(dim=1)
@@ -203,7 +250,7 @@ class _Statistics(th.autograd.Function):
                 continue
             # 1_a − p before it is rounded: near p(a) = 1 it is small
             rise = p.neg_().scatter_add_(1, places[part, None], p.new_ones(len(p), 1))
-            rise = rise.to(head.dtype)
+            rise = (rise if bend is None else rise.mul_(bend)).to(head.dtype)
             if slope is None:
                 rises.append(rise)
             else:
@@ -230,13 +277,15 @@ class _Statistics(th.autograd.Function):
             if rises and not explores:
                 d_logits = rises[i] * scale.to(head.dtype)
             else:
-                log_p = log_softmax_(head.logits(hidden[part], part))
+                logits = head.logits(hidden[part], part)
+                bend = head.bend(logits)
+                log_p = log_softmax_(logits)
                 p = log_p.exp()
                 gain = d_entropy[part, None] / head.temperature
                 p_log_p = log_p.add_(entropy[part, None]).mul_(p)  # finite, where p is 0 too
                 d_logits = p_log_p.mul_(-gain).sub_(p.mul_(scale))
                 d_logits.scatter_add_(1, places[part, None], scale)
-                d_logits = d_logits.to(head.dtype)
+                d_logits = (d_logits if bend is None else d_logits.mul_(bend)).to(head.dtype)
             if d_bias is not None:
                 d_bias += d_logits.float().sum(dim=0)
             d_hidden[part] = (d_logits @ multiplier).to(hidden.dtype)

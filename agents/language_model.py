@@ -4,19 +4,26 @@ What the policy and its frozen reference have in common: loading, the temperatur
 that are never allowed, and whole sequences in one forward pass. No values, no optimizer.
 """
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch as th
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from agents.checkpointing import checkpointed_layers
-from agents.decoder import CachedDecoder
+from agents.decoder import Decoder
 from agents.frozen_layers import (
     go_on_from,
     round_frozen,
@@ -24,7 +31,15 @@ from agents.frozen_layers import (
     shard_layers,
     shares_frozen,
 )
-from agents.heads import Comparison, Head, TokenStatistics, compare, token_statistics
+from agents.heads import (
+    UNCAPPED,
+    Capping,
+    Comparison,
+    Head,
+    TokenStatistics,
+    compare,
+    token_statistics,
+)
 from agents.lora import has_adapters, merged, without_adapters
 from agents.model_files import SAFELY, check_model_folder
 from agents.packed import PackedLinear, can_pack
@@ -35,6 +50,16 @@ from agents.sequences import (
     one_state_per_row,
     similar_lengths,
     take,
+)
+from agents.states import (
+    auto_class,
+    example,
+    find_capping,
+    keep_scale,
+    looks_ahead,
+    run,
+    sequence_states,
+    shortest,
 )
 
 LM: TypeAlias = str | Path | PreTrainedModel | PreTrainedConfig
@@ -51,6 +76,7 @@ class TokenModel(nn.Module):
         allowed_tokens: (V,) bool; the others have probability 0, always.
         dtype: What whole sequences are computed in: float32, or bfloat16 by autocast. What
             learns and log-probabilities are float32 either way.
+        capping: What the model makes of its output layer's products.
         n_frozen: Layers, with all before them, whose states a `TokenBatch` may bring along.
         decoder: What `last_hidden` decodes single tokens with, where that is done.
         sharded: The weights are split over several processes.
@@ -62,15 +88,11 @@ class TokenModel(nn.Module):
     temperature: float
     allowed_tokens: th.Tensor
     dtype: th.dtype = th.float32
+    capping: Capping = UNCAPPED
     n_frozen: int = 0
-    decoder: CachedDecoder
+    decoder: Decoder
     sharded: bool = False
     gradient_checkpointing: bool = False
-
-    @property
-    def body(self) -> PreTrainedModel:
-        """The language model without its head."""
-        return self.lm.base_model
 
     def autocast(self) -> th.autocast:
         """Return the context in which whole sequences are computed."""
@@ -90,13 +112,11 @@ class TokenModel(nn.Module):
 
     def _run(self, batch: TokenBatch) -> th.Tensor:
         """Run a batch's sequences in one pass, and return their states (B, L, H)."""
-        # Right padding needs no attention mask under causal attention, and no position ids.
-        ids = batch.ids.clamp(min=0)
         checkpointed = self.gradient_checkpointing and th.is_grad_enabled()
         with self.autocast(), checkpointed_layers(self.lm) if checkpointed else nullcontext():
             if batch.frozen is None or self.n_frozen == 0:
-                return self.body(input_ids=ids, use_cache=False).last_hidden_state
-            return go_on_from(self.body, self.n_frozen, batch.frozen, ids)
+                return sequence_states(self.lm, batch.ids)
+            return go_on_from(self.lm, self.n_frozen, batch.frozen, batch.ids.clamp(min=0))
 
     def last_hidden(self, obs: th.Tensor) -> tuple[th.Tensor, PreTrainedModel]:
         """Return the state at the last token of each row, and the model that made it.
@@ -114,7 +134,7 @@ class TokenModel(nn.Module):
         held = ids[:, 0] == PAD
         if bool(held.any()):
             ids = ids.clone()
-            ids[held, 0] = 0  # any token: what comes of it is not used
+            ids[held, 0] = shortest(self.lm)  # what comes of it is not used
         return self.hidden_at(one_state_per_row(ids)), self.lm
 
     def run_frozen(self, batch: TokenBatch) -> list[th.Tensor]:
@@ -124,7 +144,7 @@ class TokenModel(nn.Module):
         for rows in similar_lengths(length):
             ids = batch.ids[rows, : int(length[rows].max())].clamp(min=0)
             with self.autocast():
-                found = run_frozen(self.body, self.n_frozen, ids)
+                found = run_frozen(self.lm, self.n_frozen, ids)
             for row, kept in zip(rows.tolist(), found, strict=True):
                 states[row] = kept[: int(length[row])].clone()
         return [states[row] for row in range(len(length))]
@@ -151,7 +171,8 @@ class TokenModel(nn.Module):
                 a decoder's copy, which only samples, has none.
         """
         layer = (lm or self.lm).get_output_embeddings()
-        head = Head.of(layer, self.allowed_tokens, self.temperature)._replace(dtype=self.dtype)
+        head = Head.of(layer, self.allowed_tokens, self.temperature, self.capping)
+        head = head._replace(dtype=self.dtype)
         if batch is None or batch.masks is None:
             return head
         if bool(batch.masks[:, self.allowed_tokens].all()):
@@ -189,8 +210,8 @@ class Reference(TokenModel):
         else:
             self.lm = lm
         self.vocab_size, self.temperature = policy.vocab_size, policy.temperature
-        self.dtype = policy.dtype
-        if policy.n_frozen and shares_frozen(lm.base_model, policy.body, policy.n_frozen):
+        self.dtype, self.capping = policy.dtype, find_capping(lm)
+        if policy.n_frozen and shares_frozen(lm, policy.lm, policy.n_frozen):
             self.n_frozen = policy.n_frozen
         self.register_buffer("allowed_tokens", policy.allowed_tokens, persistent=False)
         if not self.shares_base:
@@ -212,7 +233,7 @@ class Reference(TokenModel):
 
 
 def load_lm(lm: LM, vocab_size: int) -> PreTrainedModel:
-    """Load a causal LM in float32 from a folder or hub id, or take one that is live.
+    """Load a language model in float32 from a folder or hub id, or take one that is live.
 
     Args:
         lm: What to load.
@@ -229,7 +250,7 @@ def load_lm(lm: LM, vocab_size: int) -> PreTrainedModel:
             "`lora` for new adapters, or merge the ones it has (merge_and_unload)"
         )
     elif isinstance(lm, PreTrainedConfig):
-        loaded = AutoModelForCausalLM.from_config(lm, dtype=th.float32)
+        loaded = auto_class(lm).from_config(lm, dtype=th.float32)
     else:
         loaded = load_named(str(lm))
     check_fit(loaded, vocab_size)
@@ -246,14 +267,14 @@ def fuse_activations(lm: PreTrainedModel) -> None:
 
 
 def load_named(lm: str) -> PreTrainedModel:
-    """Load a causal LM in float32 from a folder or hub id; adapters are merged in.
+    """Load a causal LM or encoder-decoder in float32 from a folder or hub id; merge adapters in.
 
     Raises:
         ValueError: If nothing of that name can be loaded.
     """
     try:
         check_model_folder(lm)
-        loaded = AutoModelForCausalLM.from_pretrained(lm, dtype=th.float32, **SAFELY)
+        loaded = class_of(lm).from_pretrained(lm, dtype=th.float32, **SAFELY)
         return merged(loaded) if has_adapters(loaded) else loaded
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
@@ -266,11 +287,47 @@ def load_named(lm: str) -> PreTrainedModel:
         ) from error
 
 
-def check_fit(lm: PreTrainedModel, vocab_size: int) -> None:
-    """Require that head(body(ids)) is the model, and that every token is one of it.
+def build_lm(config: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Build a causal LM with random weights, by torch's generator, for a tokenizer.
+
+    Args:
+        config: A JSON file as transformers saves it, `config.json`. Its vocabulary and special
+            tokens are set to the tokenizer's.
+        tokenizer: With EOS and padding tokens.
 
     Raises:
-        ValueError: If not.
+        ValueError: If there is no such file, or no causal LM can be built from it.
+    """
+    if not Path(config).is_file():  # transformers would ask the hub
+        raise ValueError(f"expected the JSON file of a model's config, got {str(config)!r}")
+    try:
+        loaded = AutoConfig.from_pretrained(str(config), trust_remote_code=False)
+        loaded.vocab_size = len(tokenizer)
+        loaded.bos_token_id = None
+        loaded.eos_token_id = tokenizer.eos_token_id
+        loaded.pad_token_id = tokenizer.pad_token_id
+        return AutoModelForCausalLM.from_config(loaded, dtype=th.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{config}: expected the config of a causal LM: {reason}") from error
+
+
+def class_of(lm: str) -> Any:
+    """Return the class that loads the language model of a folder or hub id."""
+    adapters = Path(lm) / "adapter_config.json"
+    if adapters.exists():
+        lm = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        return auto_class(AutoConfig.from_pretrained(lm, trust_remote_code=False))
+    except OSError:  # adapters on a hub, or nothing: loading says which
+        return AutoModelForCausalLM
+
+
+def check_fit(lm: PreTrainedModel, vocab_size: int) -> None:
+    """Require a causal model whose output layer is where logits come from, for all tokens.
+
+    Raises:
+        ValueError: If it is another.
     """
     head = lm.get_output_embeddings()
     name = type(lm).__name__
@@ -288,14 +345,21 @@ def check_fit(lm: PreTrainedModel, vocab_size: int) -> None:
             "(agents.lora.merged), or give the base model and `lora` for new ones"
         )
     lm.eval()
-    ids = th.arange(4, device=lm.device)[None] % n_logits
+    keep_scale(lm)
+    inputs = example(lm, n_tokens=4)
+    capping = find_capping(lm)
     with th.no_grad():
-        whole = lm(input_ids=ids).logits
-        parts = head(lm.base_model(input_ids=ids).last_hidden_state)
+        whole, parts = lm(**inputs).logits, capping(head(run(lm, **inputs)))
     if not th.allclose(whole, parts, atol=1e-4):
         raise ValueError(
-            f"{name} scales or caps its logits after the head, which is not supported: "
-            "expected logits = head(last hidden state)"
+            f"{name} makes more of its states than its output layer does, which is not supported: "
+            "expected logits = output layer(states), scaled or softly capped at most"
+        )
+    if looks_ahead(lm):
+        raise ValueError(
+            f"expected a causal model, got a {name} whose tokens see those that follow them: a "
+            "BERT-like model writes with is_decoder=True in its config (config.json of its "
+            "folder), and learns to in a warm start"
         )
 
 
@@ -305,9 +369,14 @@ def check_positions(lm: PreTrainedModel, longest: int) -> None:
     Raises:
         ValueError: If not.
     """
-    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    limit = most_positions(lm)
     if limit is not None and longest > limit:
         raise ValueError(
             f"expected sequences of at most {limit} tokens, which is what {type(lm).__name__} has "
             f"positions for, got up to {longest}: shorten the prompts or max_new_tokens"
         )
+
+
+def most_positions(lm: PreTrainedModel) -> int | None:
+    """Return the length of the longest sequence that a model has positions for; None: any."""
+    return getattr(lm.config.get_text_config(), "max_position_embeddings", None)

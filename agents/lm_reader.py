@@ -4,9 +4,10 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.utils import get_device
 
-from agents.decoder import CachedDecoder
+from agents.families import decoder_for
 from agents.heads import mask_logits_
 from agents.language_model import LM, TokenModel, load_lm
+from agents.states import find_capping, width
 
 
 class LMReader(TokenModel):
@@ -46,13 +47,14 @@ class LMReader(TokenModel):
         self.vocab_size, self.temperature = vocab_size, temperature
         self.dtype = getattr(th, dtype)
         self.register_buffer("allowed_tokens", th.ones(vocab_size, dtype=th.bool))
-        self.decoder = CachedDecoder(self.lm, self.dtype)
+        self.decoder = decoder_for(self.lm, self.dtype)
+        self.capping = find_capping(self.lm)
         self.to(self.lm.device)
 
     @property
     def hidden_size(self) -> int:
         """H, the size of a hidden state."""
-        return self.lm.config.get_text_config().hidden_size
+        return width(self.lm)
 
     @th.no_grad()
     def read(self, obs: np.ndarray) -> np.ndarray:

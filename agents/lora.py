@@ -12,9 +12,10 @@ from typing import Any
 import torch as th
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from agents.frozen_layers import stack_of
+from agents.packed import called_linears
+from agents.states import example_ids, sequence_states
 
 
 def add_adapters(
@@ -35,7 +36,8 @@ def add_adapters(
     """
     config_class = _peft().LoraConfig
     settings = dict(settings)
-    if trainable_layers is None and stack_of(lm.base_model) is None:
+    whole = stack_of(lm) is None or lm.config.is_encoder_decoder  # the encoder has layers, too
+    if trainable_layers is None and whole:
         settings.setdefault("target_modules", "all-linear")
     if "target_modules" not in settings:
         settings["target_modules"] = linear_names(lm, trainable_layers)
@@ -49,9 +51,9 @@ def add_adapters(
                 f"lora: expected {name}={value!r}, as the base model is the reference, got "
                 f"{settings[name]!r}"
             )
-    ids = th.arange(4, device=lm.device)[None] % lm.get_input_embeddings().weight.shape[0]
+    ids = example_ids(lm)
     with th.no_grad():
-        before = lm.eval()(input_ids=ids).logits
+        before = sequence_states(lm.eval(), ids)
     try:
         lm.add_adapter(config_class(task_type="CAUSAL_LM", **settings))
     except (TypeError, ValueError) as error:
@@ -63,7 +65,7 @@ def add_adapters(
         )
     lm.eval()
     with th.no_grad(), without_adapters(lm):
-        if not th.allclose(lm(input_ids=ids).logits, before, atol=1e-4):
+        if not th.allclose(sequence_states(lm, ids), before, atol=1e-4):
             raise ValueError(
                 f"lora: {settings} changes the base model, which is the reference: expected the "
                 "default init_lora_weights"
@@ -71,19 +73,15 @@ def add_adapters(
 
 
 def linear_names(lm: PreTrainedModel, n_layers: int | None) -> list[str]:
-    """Return the full names of the linear layers in the model's last `n_layers` layers.
+    """Return the full names of the linear layers that are called in the last `n_layers` layers.
 
     Raises:
         ValueError: If there are none.
     """
-    layers = list(stack_of(lm.base_model) or ())
+    layers = list(stack_of(lm) or ())
     chosen = layers if n_layers is None else layers[max(0, len(layers) - n_layers) :]
     inside = {id(module) for layer in chosen for module in layer.modules()}
-    names = [
-        name
-        for name, module in lm.named_modules()
-        if id(module) in inside and isinstance(module, nn.Linear | Conv1D)
-    ]
+    names = [n for n in sorted(called_linears(lm)) if id(lm.get_submodule(n)) in inside]
     if not names:
         raise ValueError(
             f"lora: expected linear layers in the last {n_layers} of {len(layers)} layers of "

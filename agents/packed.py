@@ -6,7 +6,10 @@ order, anew at each call. Done once per update, it is 1.1 to 3 times as fast, mo
 
 import torch as th
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from agents.states import example, run
 
 
 class PackedLinear(nn.Module):
@@ -29,14 +32,29 @@ class PackedLinear(nn.Module):
         return th.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Put packed layers in the place of a model's linear ones."""
-    for module in model.modules():
-        if len(getattr(module, "lora_magnitude_vector", ())):  # DoRA looks at the weights it adapts
-            continue
-        for name, part in module.named_children():
-            if type(part) in (nn.Linear, Conv1D):
-                setattr(module, name, PackedLinear.of(part))
+def called_linears(lm: PreTrainedModel) -> set[str]:
+    """Return the names of a model's linear layers that may be packed, found by running it.
+
+    A layer that is not called has its weight used by another (Mamba's time step); the output layer
+    has a product of its own; DoRA looks at the weights it adapts.
+    """
+    called: set[nn.Module] = set()
+    linears = {n: m for n, m in lm.named_modules() if type(m) in (nn.Linear, Conv1D)}
+    hooks = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in linears.values()]
+    with th.no_grad():
+        run(lm, **example(lm, n_tokens=4), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for module in lm.modules():
+        if len(getattr(module, "lora_magnitude_vector", ())):
+            called -= set(module.children())
+    return {name for name, layer in linears.items() if layer in called}
+
+
+def pack_linears(lm: PreTrainedModel, names: set[str]) -> None:
+    """Put packed layers in the place of these linear ones."""
+    for name in names:
+        lm.set_submodule(name, PackedLinear.of(lm.get_submodule(name)))
 
 
 def can_pack(device: th.device, dtype: th.dtype) -> bool:

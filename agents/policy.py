@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from agents.checkpointing import prepare_checkpointing
-from agents.decoder import CachedDecoder
+from agents.families import decoder_for
 from agents.frozen_layers import count_frozen, freeze_below, round_frozen, shard_layers
 from agents.heads import log_prob_of, mask_logits_, sample
 from agents.language_model import LM, TokenModel, check_positions, load_lm
@@ -35,6 +35,7 @@ from agents.sequences import (
     one_state_per_row,
     require_token_actions,
 )
+from agents.states import find_capping, width
 from agents.value_network import ValueNetwork
 
 RATIO_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -77,7 +78,8 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             observation_space: A one-dimensional Box of token ids, -1 for padding.
             action_space: Discrete(V): one action per token of the tokenizer.
             lr_schedule: Learning rate as a function of the remaining progress (1 to 0).
-            lm: The causal LM. A live model is trained in place.
+            lm: The causal LM, or an encoder-decoder, whose encoder reads the prompt. A live model
+                is trained in place.
             temperature: Divides the logits, in sampling and in evaluation alike.
             trainable_layers: How many of the last transformer layers learn, with the final norm
                 and the value head; the rest, embeddings included, stays as it is. None: all of
@@ -127,7 +129,8 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
             freeze_below(self.lm, trainable_layers)
         else:
             add_adapters(self.lm, self.lora, trainable_layers)
-        self.n_frozen = count_frozen(self.body)
+        self.n_frozen = count_frozen(self.lm)
+        self.capping = find_capping(self.lm)
         self.micro_batch_size = micro_batch_size
         self.value_network: ValueNetwork | None = None
         if value_lm is not None:
@@ -140,15 +143,15 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         self.guard = Guard()
         self.run_through(self.evaluate, nullcontext)
         valued = (self.value_network or self).lm
-        self.value_head = nn.Linear(valued.config.get_text_config().hidden_size, 1)
+        self.value_head = nn.Linear(width(valued), 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         allowed = th.ones(self.vocab_size, dtype=th.bool)
         self.register_buffer("allowed_tokens", allowed)
         self.action_masks: ActionMasks | None = None
-        round_frozen(self.lm, getattr(th, dtype))
         self.dtype, self.ratio_tolerance = getattr(th, dtype), RATIO_TOLERANCE[dtype]
-        self.decoder = CachedDecoder(self.lm, self.dtype)
+        self.decoder = decoder_for(self.lm, self.dtype)  # tried in float32
+        round_frozen(self.lm, self.dtype)
         self.gradient_checkpointing = gradient_checkpointing
         for model in (self, self.value_network) if gradient_checkpointing else ():
             if model is not None:

@@ -35,17 +35,15 @@ from agents.kl import KLController
 from agents.language_model import LM, Reference
 from agents.policy import CausalLMPolicy
 from agents.random_state import set_random_states
-from agents.training_state import (
-    COUNTERS,
-    Stored,
+from agents.rebuilding import (
     chosen,
     parameters_in,
     rebuilt_attributes,
     set_parameters,
     set_reference,
-    training_state,
     warn_of_another_machine,
 )
+from agents.training_state import COUNTERS, Stored, training_state
 
 PICKLE = (
     "which holds pickles: loading one runs whatever code is in it. Set allow_pickle if you trust "
@@ -237,8 +235,10 @@ class ResumablePPO(PPO):
                 f"expected a checkpoint of {cls.__name__}, got one of {state['algorithm']}"
             )
         _compare_facts(path, state["facts"], facts or {})
-        warn_of_another_machine(state)
         model = cls._rebuilt(state, env, device, force_reset, kwargs)
+        warn_of_another_machine(state, model.device)
+        if env is not None and not force_reset:
+            _warn_of_new_episodes(path, state)
         model._put_back(Stored(state, tensors), force_reset)
         set_parameters(model, state, tensors)
         return model
@@ -376,6 +376,13 @@ class ResumablePPO(PPO):
             state = {**self._stored.state, "environment": None, "rollout": None}
             self._stored = Stored(state, self._stored.tensors)
 
+    def _leave_rollout(self) -> None:
+        """Leave a rollout that no update will see: episodes that ended in it end uncounted."""
+        if self.rollout_under_way and self._last_episode_starts is not None:
+            seen = self.rollout_buffer.episode_starts[: self.rollout_buffer.pos]
+            self._open_kl[seen.any(axis=0) | self._last_episode_starts] = 0
+        self.rollout_under_way = False
+
     def set_parameters(
         self,
         load_path_or_dict: str | Path | dict[str, dict],  # type: ignore[override]
@@ -425,7 +432,7 @@ class ResumablePPO(PPO):
         finally:
             self._in_learn = False
             if self._stored is None:  # else it never went on, and still can
-                self.rollout_under_way = False
+                self._leave_rollout()
 
     def _setup_learn(
         self,
@@ -556,6 +563,17 @@ def _compare_facts(path: Any, there: Mapping[str, Any], here: Mapping[str, Any])
     ]
     if other:
         raise ValueError(f"{path}: the checkpoint is of another run; {'; '.join(other)}")
+
+
+def _warn_of_new_episodes(path: Any, state: Mapping[str, Any]) -> None:
+    """Say that a training does not go on exactly, as its environments are not in the checkpoint."""
+    if state["environment"] is None and state["progress"]["in_learn"]:
+        warnings.warn(
+            f"{path} has no environments and no rollout in it: it was made by several processes, "
+            "in on_rollout_end, or in environments without get_state. Training goes on from its "
+            "weights and optimizer, in new episodes, not as it would have (docs/guarantees.md)",
+            stacklevel=3,
+        )
 
 
 def _spaces(spaces: Mapping[str, Any]) -> tuple[gym.spaces.Box, gym.spaces.Discrete]:

@@ -39,12 +39,12 @@ def replaced_folder(path: str | Path) -> Iterator[Path]:
         aside.rename(path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:  # safetensors hides a full disk in its own error
-        if old.exists() and not path.exists():
-            old.rename(path)
         reason = getattr(error, "strerror", None) or error
         number = getattr(error, "errno", None) or errno.EIO
         raise OSError(number, f"could not save {path}: {reason}") from error
     finally:
+        if old.exists() and not path.exists():  # it failed, or Ctrl-C came, between the two renames
+            old.rename(path)
         shutil.rmtree(aside, ignore_errors=True)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)

@@ -63,14 +63,15 @@ class TokenPPO(ResumablePPO):
     """PPO over tokens (Schulman et al. 2017, eq. 7), with advantages by GAE (2016, eq. 16).
 
     The reward of each token is r_t − β·(log π(a_t) − log π_ref(a_t)), where r_t is the
-    environment's (the score at an episode's last token, else 0) and π_ref a frozen copy of the
-    policy as it was at the start. Statistics that `Monitor` or our own `TextVecEnv` keep are of
+    environment's (the score at an episode's last token, else 0; or, where the ended episode's
+    `info` has `token_scores`, each token's own) and π_ref a frozen copy of the policy as it was at
+    the start. Statistics that `Monitor` or our own `TextVecEnv` keep are of
     the environment's reward, before the penalty.
 
     Attributes:
         finished_episodes: Episodes that ended in the current rollout, in order: the
-            environment's `info` and `ref_kl` (nats, summed over the completion; complete when
-            `on_rollout_end` is called).
+            environment's `info` and `ref_kl` (nats, summed over the completion, but for tokens of a
+            rollout that was broken off; complete when `on_rollout_end` is called).
         kl: The controller of β; `kl.coef` is where to change it (with several processes, on rank
             0, where callbacks run; other settings must be changed on all).
         nonfinite_skipped: Sequences and minibatches left out so far, with `on_nonfinite="skip"`.
@@ -331,12 +332,13 @@ class TokenPPO(ResumablePPO):
                 going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
         finally:
             self._collecting = False
-        self.rollout_under_way = False
         if not going_on:  # a callback's word, upon which SB3's loop leaves the step half done
+            self._leave_rollout()
             loop = callback.locals
             self._last_obs, self._last_episode_starts = loop["new_obs"], loop["dones"]
             # Within the rollout, the others' tokens are an estimate.
             self._num_timesteps = ranks.gather([self._num_timesteps])[0]
+        self.rollout_under_way = False
         return going_on
 
     def _begin_rollout(self, env: VecEnv) -> None:
@@ -504,6 +506,7 @@ class TokenPPO(ResumablePPO):
         self.finished_episodes = [
             e for e in self.finished_episodes if buffer.lengths[e["step"], e["row"]] > 0
         ]  # but for those left out
+        self._spread_scores()
         self._share_episodes()
         self._log_episodes()
         if self.reference is None:
@@ -524,6 +527,23 @@ class TokenPPO(ResumablePPO):
             self.logger.record("rollout/ref_kl", ref_kl)
             if not self.policy.value_only:
                 self.kl.update(ref_kl, len(self.finished_episodes))
+
+    def _spread_scores(self) -> None:
+        """Pay each token its own score, where the environment tells (`token_scores` in the info).
+
+        It has paid their sum at the last token. What tokens of an earlier rollout have earned is
+        paid at the first one of this.
+        """
+        ends = {(s.row, s.end - 1): s.start for s in self.rollout_buffer.segments}
+        for episode in self.finished_episodes:
+            scores = np.asarray(episode.get("token_scores", ()), dtype=np.float32)
+            row, last = episode["row"], episode["step"]
+            if len(scores) > 1:
+                rewards = self.rollout_buffer.rewards[ends[row, last] : last + 1, row]
+                earlier, here = np.split(scores, [len(scores) - len(rewards)])
+                rewards[-1] -= scores[:-1].sum()
+                rewards[:-1] += here[:-1]
+                rewards[0] += earlier.sum()
 
     @th.no_grad()
     def _second_look(self) -> tuple[np.ndarray, float]:

@@ -1,7 +1,8 @@
-"""Everything that a TokenPPO is at a moment, as JSON and tensors, and a TokenPPO from it again.
+"""Everything that a TokenPPO is at a moment, as JSON and tensors.
 
-Nothing is left to a pickle: models are rebuilt from their configurations, weights, optimizer and
-rollout are tensors, the rest is numbers and text. `agents.checkpoint` brings it to the disk.
+Nothing is left to a pickle: of models the configurations are kept, weights, optimizer and rollout
+are tensors, the rest is numbers and text. `agents.checkpoint` brings it to the disk, and
+`agents.rebuilding` makes a TokenPPO of it again.
 """
 
 import sys
@@ -15,18 +16,16 @@ import numpy as np
 import stable_baselines3
 import torch as th
 import transformers
-from stable_baselines3.common.utils import update_learning_rate
-from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from agents import ranks
 from agents.callback_state import callback_states
 from agents.checkpoint import Tensors
 from agents.env_state import env_state
-from agents.json_state import from_json, to_json
+from agents.json_state import to_json
 from agents.policy import CausalLMPolicy
 from agents.random_state import random_states
-from agents.schedules import describe, rebuild
+from agents.schedules import describe
 
 if TYPE_CHECKING:
     from agents.resumable import ResumablePPO
@@ -53,9 +52,6 @@ class Stored(NamedTuple):
 
     state: dict[str, Any]
     tensors: Tensors
-
-
-# ------------------------------------------------------------------------------------- out
 
 
 def training_state(
@@ -103,7 +99,7 @@ def training_state(
         tensors |= {name: stored.tensors[name] for name in ("random", "rollout")}
     state = {
         "algorithm": type(model).__name__,
-        "machine": machine(),
+        "machine": machine(model.device),
         "spaces": spaces_of(model),
         "settings": to_json({name: getattr(model, name) for name in SETTINGS}),
         "schedules": {name: describe(getattr(model, name)) for name in SCHEDULES},
@@ -183,9 +179,12 @@ def own_tensors(model: "ResumablePPO") -> dict[str, th.Tensor]:
     return {name: t for name, t in found.items() if t.data_ptr() not in shared}
 
 
-def machine() -> dict[str, Any]:
+def machine(device: th.device) -> dict[str, Any]:
     """Return what bit-identity depends on, beyond the checkpoint."""
     return {
+        "device": device.type,
+        "instructions": th.backends.cpu.get_cpu_capability(),
+        "processes": ranks.world_size(),
         "threads": th.get_num_threads(),
         "torch": th.__version__,
         "transformers": transformers.__version__,
@@ -275,173 +274,3 @@ def logged(model: "ResumablePPO") -> dict[str, Any]:
         if count := logger.name_to_count.get(key):  # of a mean that is being taken
             pending[key]["count"] = count
     return pending
-
-
-# -------------------------------------------------------------------------------------- in
-
-
-def rebuilt_attributes(
-    state: Mapping[str, Any], given: dict[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the attributes of a model that SB3's constructor would set.
-
-    Args:
-        state: The checkpoint's JSON.
-        given: The caller's own arguments, which come first; those that are used are taken out.
-        defaults: The algorithm's arguments of its rollout buffer.
-
-    Raises:
-        ValueError: If something cannot be rebuilt without the caller's help.
-    """
-    found: dict[str, Any] = {}
-    for name in SETTINGS:
-        stored = from_json(state["settings"][name])
-        found[name] = chosen(name.removeprefix("_"), stored, given)
-    for name in SCHEDULES:
-        is_given = name in given
-        found[name] = rebuild(name, state["schedules"][name], given.pop(name, None), is_given)
-    found["rollout_buffer_kwargs"] = {
-        **defaults,
-        **state["buffer"]["arguments"],
-        **given.pop("rollout_buffer_kwargs", {}),
-    }
-    policy = state["policy"]
-    arguments = {name: from_json(value) for name, value in policy["arguments"].items()}
-    own = given.pop("policy_kwargs", {})
-    optimizer = own.get("optimizer_class") or getattr(th.optim, policy["optimizer"], None)
-    if not (isinstance(optimizer, type) and issubclass(optimizer, th.optim.Optimizer)):
-        raise ValueError(
-            f"optimizer_class: expected load(…, policy_kwargs={{'optimizer_class': …}}) with "
-            f"{policy['optimizer']}, which is none of torch's, got none"
-        )
-    arguments |= {"optimizer_class": optimizer, "lm": config_of(policy["lm"])}
-    arguments["value_lm"] = None if policy["value_lm"] is None else config_of(policy["value_lm"])
-    found["policy_kwargs"] = {**arguments, **own}
-    reference = state["reference"]
-    found["ref_lm"] = given.pop("ref_lm", None)
-    if found["ref_lm"] is None and reference is not None:
-        lm = reference["lm"]
-        found["ref_lm"] = reference["source"] or (None if lm is None else config_of(lm))
-    return found
-
-
-def chosen(argument: str, stored: Any, given: dict[str, Any]) -> Any:
-    """Return an argument's value: the caller's, taken out of `given`, or the stored."""
-    value = given.pop(argument, stored)
-    if value != stored:
-        warnings.warn(
-            f"{argument}: {stored!r} in the checkpoint, {value!r} from now on", stacklevel=5
-        )
-    return value
-
-
-def config_of(settings: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return the configuration that `model_settings` wrote down.
-
-    Raises:
-        ValueError: If transformers does not know its kind.
-    """
-    values = dict(settings["config"])
-    kind = values.get("model_type")
-    if kind not in CONFIG_MAPPING:
-        raise ValueError(
-            f"expected load(…, policy_kwargs={{'lm': …}}) for a model of type {kind!r}, which "
-            "this version of transformers does not know, got none"
-        )
-    config = CONFIG_MAPPING[kind].from_dict(values)
-    config._attn_implementation = settings["attention"]
-    return config
-
-
-def set_parameters(model: "ResumablePPO", state: Mapping[str, Any], tensors: Tensors) -> None:
-    """Put weights and optimizer state into a model that has been rebuilt.
-
-    Raises:
-        ValueError: If they are another model's.
-    """
-    try:
-        model.set_parameters(parameters_in(state, tensors), exact_match=True)
-    except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the checkpoint's weights are another model's: {reason}") from error
-    progress = model._current_progress_remaining
-    update_learning_rate(model.policy.optimizer, model.lr_schedule(progress))
-    for lm, settings in models_of(model, state):
-        generation = settings["generation"]
-        lm.generation_config = (
-            None if generation is None else GenerationConfig.from_dict(dict(generation))
-        )
-    set_reference(model, state, tensors)
-
-
-@th.no_grad()
-def set_reference(model: "ResumablePPO", state: Mapping[str, Any], tensors: Tensors) -> None:
-    """Put in place the weights that the reference does not share with the policy.
-
-    Raises:
-        ValueError: If they are another model's.
-    """
-    if (state["reference"] or {}).get("source"):
-        return  # it was loaded by its name
-    saved = with_tied(tensors.get("reference", {}), state["tied"], "reference:")
-    for name, tensor in own_tensors(model).items():
-        if name not in saved:
-            raise ValueError(f"the checkpoint's reference model is another: it has no {name}")
-        if tensor.shape != saved[name].shape:
-            raise ValueError(f"the checkpoint's reference model is another, by {name}")
-        if isinstance(tensor, DTensor):
-            distributed = distribute_tensor(saved[name], tensor.device_mesh, tensor.placements)
-            tensor.copy_(distributed)
-        else:
-            tensor.copy_(saved[name])
-
-
-def models_of(
-    model: "ResumablePPO", state: Mapping[str, Any]
-) -> list[tuple[nn.Module, Mapping[str, Any]]]:
-    """Return a policy's language models, each with what was written down of it."""
-    found = [(model.policy.lm, state["policy"]["lm"])]
-    if model.policy.value_network is not None:
-        found.append((model.policy.value_network.lm, state["policy"]["value_lm"]))
-    return found
-
-
-def parameters_in(state: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
-    """Return SB3's state dicts, as `get_parameters` gives them, from a checkpoint."""
-    optimizer: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors["optimizer"].items():
-        number, _, name = key.partition(".")
-        # A tensor of its own: one in the file's memory lies as it happens to lie.
-        optimizer.setdefault(int(number), {})[name] = tensor.clone()
-    for key, value in state["optimizer"]["scalars"].items():
-        number, _, name = key.partition(".")
-        optimizer.setdefault(int(number), {})[name] = from_json(value)
-    groups = [{**from_json(group), "lr": 0.0} for group in state["optimizer"]["groups"]]
-    return {
-        "policy": with_tied(tensors["policy"], state["tied"]),
-        "policy.optimizer": {"state": optimizer, "param_groups": groups},
-    }
-
-
-def with_tied(
-    tensors: Mapping[str, th.Tensor], tied: Mapping[str, str], prefix: str = ""
-) -> dict[str, th.Tensor]:
-    """Return tensors under all of their names: those in `tied` that begin with `prefix`."""
-    named = {
-        alias.removeprefix(prefix): tensors[name]
-        for alias, name in tied.items()
-        if alias.startswith("reference:") == bool(prefix)
-    }
-    return {**tensors, **named}
-
-
-def warn_of_another_machine(state: Mapping[str, Any]) -> None:
-    """Say what keeps a model from going on to the last bit."""
-    there, here = state["machine"], machine()
-    differing = [f"{k} {v} (now {here.get(k)})" for k, v in there.items() if v != here.get(k)]
-    if differing:
-        warnings.warn(
-            "the checkpoint was written with " + ", ".join(differing) + ": training goes on, but "
-            "not to the last bit as it would have",
-            stacklevel=3,
-        )

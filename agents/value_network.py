@@ -2,7 +2,7 @@
 
 import torch as th
 
-from agents.decoder import CachedDecoder
+from agents.families import decoder_for
 from agents.frozen_layers import freeze_below, round_frozen
 from agents.language_model import LM, TokenModel, load_lm
 
@@ -24,5 +24,5 @@ class ValueNetwork(TokenModel):
         head = self.lm.get_output_embeddings()
         if head.weight is not self.lm.get_input_embeddings().weight:
             head.requires_grad_(False)  # no value comes through it
+        self.decoder = decoder_for(self.lm, dtype)
         round_frozen(self.lm, dtype)
-        self.decoder = CachedDecoder(self.lm, dtype)

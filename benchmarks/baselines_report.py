@@ -257,7 +257,7 @@ def draw_summary(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
         line = "-" if name in OURS else "--"
         right.plot(thresholds, share, label=name, color=colours[name], linestyle=line)
     right.set(xlabel="share of the optimal gain, τ", ylabel="share of runs above τ")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
@@ -265,15 +265,25 @@ def draw_summary(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
 
 
 def draw_over_optimisation(movies: Results, longer: Results, path: Path) -> None:
-    """Draw score, judge and lexicon against the KL: as runs go on, and for the best of n."""
-    figure, axes = plt.subplots(1, 3, figsize=(12.6, 4.4), layout="constrained")
+    """Draw score, judge, lexicon and variety against the KL: as runs go on, and for best of n.
+
+    Of the shorter runs, those with a better reward than the reference's are shown.
+    """
+    figure, grid = plt.subplots(2, 2, figsize=(10, 7.6), layout="constrained")
+    axes = grid.flat
     best_of = [r["points"] for r in movies if r["algorithm"].startswith("best of ")]
     ended: dict[str, list[dict[str, float]]] = {}
     for result in movies:
         if result["points"][-1]["tokens"] > 0:
             ended.setdefault(result["algorithm"], []).append(result["points"][-1])
+    at_start = max(result["points"][0]["reward"] for result in longer)
+    better = {
+        name: last
+        for name, last in ended.items()
+        if np.mean([point["reward"] for point in last]) > at_start
+    }
     colours = plt.colormaps["viridis"](np.linspace(0, 0.85, len(longer)))
-    for axis, measure in zip(axes, ("reward", "judge", "lexicon"), strict=True):
+    for axis, measure in zip(axes, TITLES, strict=True):
         for result, colour in zip(longer, colours, strict=True):
             points = result["points"]
             x, y = (
@@ -282,16 +292,22 @@ def draw_over_optimisation(movies: Results, longer: Results, path: Path) -> None
             )
             axis.plot(x, y, "o-", color=colour, markersize=4, label=result["algorithm"])
         for points in best_of:
+            if measure not in points[-1]:
+                continue
             x, y = ([p[m] for p in points] for m in ("ref_kl", measure))
             axis.plot(x, y, "k.:", label=f"best of 1 to {points[-1]['n']}")
-        for name, last in ended.items():
+        for name, last in better.items():
             place = tuple(float(np.mean([p[m] for p in last])) for m in ("ref_kl", measure))
             axis.plot(*place, "x", color="#8a93a0")
-            axis.annotate(name, place, fontsize=7, color="#5a6370")
+            far = place[0] > 20  # the name is to stay within the picture
+            near = {"xytext": (-5 if far else 5, 3), "textcoords": "offset points"}
+            near["ha"] = "right" if far else "left"
+            axis.annotate(name, place, fontsize=7, color="#5a6370", **near)
         axis.set_xscale("function", functions=(np.sqrt, np.square))
         axis.set(xlabel="KL to the reference, nats per completion (√ scale)", title=TITLES[measure])
+        axis.set_xlim(left=0)
         axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -301,4 +317,5 @@ TITLES = {
     "reward": "the reward that is learned from",
     "judge": "the judge, never learned from",
     "lexicon": "sentiment words",
+    "distinct_2": "distinct-2: how varied the texts are",
 }

@@ -8,7 +8,7 @@ known here.
 from typing import TYPE_CHECKING, Any
 
 from reward_models.assets import AssetError
-from reward_models.composed import WeightedSum
+from reward_models.composed import WeightedSum, weighted_sum
 from reward_models.contract import RewardFunction, checked_scores
 from reward_models.feedback.records import (
     Comparison,
@@ -22,6 +22,8 @@ from reward_models.feedback.simulated import SimulatedAnnotator
 from reward_models.feedback.weights import agreement_weights
 from reward_models.http_reward import HTTPRewardError, HTTPRewardModel
 from reward_models.http_server import reward_server
+from reward_models.references import Bleu, ChrF, ExactMatch, Rouge, self_bleu
+from reward_models.shaping import PotentialShaping
 from reward_models.terms import (
     LengthReward,
     LexiconSentiment,
@@ -37,7 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AssetError",
+    "Bleu",
+    "ChrF",
     "Comparison",
+    "ExactMatch",
     "Feedback",
     "HTTPRewardError",
     "HTTPRewardModel",
@@ -45,10 +50,12 @@ __all__ = [
     "LearnedRewardModel",
     "LengthReward",
     "LexiconSentiment",
+    "PotentialShaping",
     "Rating",
     "RepetitionPenalty",
     "RewardEnsemble",
     "RewardFunction",
+    "Rouge",
     "SimulatedAnnotator",
     "TimeLimitedReward",
     "WeightedSum",
@@ -59,6 +66,8 @@ __all__ = [
     "read_feedback",
     "repetition",
     "reward_server",
+    "self_bleu",
+    "weighted_sum",
     "write_feedback",
 ]
 

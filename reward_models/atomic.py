@@ -54,12 +54,12 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
             _sync(file)
         _sync(temporary)
         replaced = folder / "replaced"
-        if overwrite and path.exists():
-            os.rename(path, replaced)
         try:
+            if overwrite and path.exists():
+                os.rename(path, replaced)
             os.rename(temporary, path)
-        except OSError:
-            if replaced.exists():
+        except BaseException:  # Ctrl-C between the two, too
+            if replaced.exists() and not path.exists():
                 os.rename(replaced, path)
             raise
         _sync(path.parent)

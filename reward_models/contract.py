@@ -3,8 +3,9 @@
 Holds no reward function: those are in `terms`, `composed` and `learned`.
 """
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,12 +25,60 @@ class RewardFunction(Protocol):
         Args:
             prompts: texts that the completions continue, length B.
             completions: texts to be scored, length B.
-            columns: the prompt set's further columns (say, `reference`), each of length B.
+            columns: the prompt set's further columns (say, `reference`), each of length B. A
+                function whose signature, or `asks_for`, names one of `TOKENS` is given that too.
 
         Returns:
-            One score per completion, length B.
+            One score per completion, length B; or, for a completion, a list of one per token, the
+            end token included, whose sum is the score.
         """
         ...
+
+
+TOKENS = ("completion_ids", "completion_pieces")
+"""What an environment tells of tokens where it is asked: lists of ids, or of what each token adds
+to the text. `text_env.scoring` has the same; the two packages do not import one another."""
+
+
+def asked_for(reward_fn: RewardFunction) -> set[str]:
+    """Which of `TOKENS` a reward function asks for, by its `asks_for` or its signature."""
+    named = getattr(reward_fn, "asks_for", None)
+    if named is None:
+        try:
+            named = inspect.signature(reward_fn).parameters
+        except (TypeError, ValueError):  # some callables of C code have none
+            return set()
+    return set(TOKENS) & set(named)
+
+
+def ask(
+    reward_fn: RewardFunction,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Any],
+) -> list[np.ndarray]:
+    """Call a reward function with what it asks for, and check its answer.
+
+    Returns:
+        By completion, its scores: shape (1,), or (tokens,) where the function gave one per token.
+
+    Raises:
+        ValueError: if their number is wrong or one of them is not a finite number.
+    """
+    asked = asked_for(reward_fn)
+    told = {name: column for name, column in columns.items() if name in asked or name not in TOKENS}
+    answer = reward_fn(prompts=prompts, completions=completions, **told)
+    if not asked or not any(np.ndim(part) for part in answer):
+        return list(checked_scores(answer, completions)[:, None])
+    if len(answer) != len(completions):
+        raise ValueError(
+            f"expected {len(completions)} scores, one per completion, got {len(answer)}"
+        )
+    parts: list[np.ndarray] = []
+    for part, completion in zip(answer, completions, strict=True):
+        numbers: Any = np.atleast_1d(np.asarray(part))
+        parts.append(checked_scores(numbers, [completion] * len(numbers)))
+    return parts
 
 
 def checked_scores(scores: Sequence[float], completions: Sequence[str]) -> np.ndarray:

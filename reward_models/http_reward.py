@@ -8,10 +8,13 @@ import http.client
 import json
 import logging
 import random
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -144,39 +147,106 @@ class HTTPRewardModel:
 
     def _post(self, body: bytes) -> bytes:
         request = urllib.request.Request(self.url, body, self._headers)  # noqa: S310 http(s) only
-        deadline = time.monotonic() + self.timeout
-        with _opener().open(request, timeout=self.timeout) as response:
-            parts, size = [], 0
-            while part := response.read1(1 << 16):  # what is there, so that the clock is looked at
-                parts.append(part)
-                size += len(part)
-                if size > LONGEST_ANSWER:
-                    raise HTTPRewardError(
-                        f"{self.url}: expected at most {LONGEST_ANSWER} bytes, got more"
-                    )
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no whole answer within {self.timeout:g} s")
-            if response.length:
-                raise http.client.IncompleteRead(b"".join(parts), response.length)
+        late = TimeoutError(f"no whole answer within {self.timeout:g} s")
+        with _Deadline(self.timeout) as deadline:
+            try:
+                with _opener(deadline).open(request, timeout=self.timeout) as response:
+                    answer = self._read(response)
+            except urllib.error.HTTPError:
+                raise
+            except _LOST as error:
+                raise (late if deadline.over else error) from error
+            if deadline.over:  # what looks like the end may be the cut
+                raise late
+        return answer
+
+    def _read(self, response: Any) -> bytes:
+        parts, size = [], 0
+        while part := response.read1(1 << 16):
+            parts.append(part)
+            size += len(part)
+            if size > LONGEST_ANSWER:
+                raise HTTPRewardError(
+                    f"{self.url}: expected at most {LONGEST_ANSWER} bytes, got more"
+                )
+        if response.length:
+            raise http.client.IncompleteRead(b"".join(parts), response.length)
         return b"".join(parts)
 
     def _refusal(self, error: urllib.error.HTTPError) -> str:
         if 300 <= error.code < 400:
             return f"a redirect to {error.headers.get('Location')!r}, which is not followed"
         try:
-            said = excerpt(error.read(200))
+            said = excerpt(error.read1(200))  # what is there: no waiting for one that drips
         except _LOST:
             said = "nothing"
         return f"HTTP {error.code} {error.reason}, {said}"
 
 
-def _opener() -> urllib.request.OpenerDirector:
+class _Deadline:
+    """Cuts a connection when its time is up, headers that drip in byte by byte included.
+
+    A socket's own timeout begins again with each byte.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.over = False
+        self._socket: socket.socket | None = None
+        self._timer = threading.Timer(seconds, self._cut)
+        self._timer.daemon = True
+
+    def __enter__(self) -> "_Deadline":
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def watch(self, connected: socket.socket) -> None:
+        """Take the socket to cut."""
+        self._socket = connected
+
+    def _cut(self) -> None:
+        self.over = True
+        if self._socket is not None:
+            with suppress(OSError):  # it has ended by itself
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # under TLS too
+
+
+class _Timed(urllib.request.AbstractHTTPHandler):
+    """Lets a deadline watch each connection that is opened."""
+
+    def __init__(self, deadline: _Deadline) -> None:
+        super().__init__()
+        self._deadline = deadline
+
+    def do_open(self, http_class: Any, req: Any, **arguments: Any) -> Any:
+        """Open a connection."""
+        deadline = self._deadline
+
+        class Watched(http_class):  # type: ignore[misc]
+            def connect(self) -> None:
+                super().connect()
+                deadline.watch(self.sock)
+
+        return super().do_open(Watched, req, **arguments)
+
+
+class _TimedHTTP(_Timed, urllib.request.HTTPHandler):
+    pass
+
+
+class _TimedHTTPS(_Timed, urllib.request.HTTPSHandler):
+    pass
+
+
+def _opener(deadline: _Deadline) -> urllib.request.OpenerDirector:
     """What speaks http and https, through the system's proxy, follows nothing, opens no file."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
+        _TimedHTTP(deadline),
+        _TimedHTTPS(deadline),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.HTTPDefaultErrorHandler(),
     ):

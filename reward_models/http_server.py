@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 LONGEST_REQUEST = 2**24
 """Bytes of a request (16 MiB)."""
 
+READ_AWAY = 2**27
+"""Bytes of a refused request that are read all the same: a client that is still sending when its
+connection is closed sees a broken pipe, and not the answer."""
+
 
 def reward_server(
     reward_fn: RewardFunction, host: str = "127.0.0.1", port: int = 8000, token: str | None = None
@@ -38,27 +42,39 @@ def reward_server(
         timeout = 30.0  # seconds that a connection may say nothing
 
         def do_POST(self) -> None:
-            given = self.headers.get("Authorization", "")
+            given, length = (self.headers.get(k, "") for k in ("Authorization", "Content-Length"))
+            if not (length.isdecimal() and len(length) <= 20):
+                return self._say(411, {"error": "expected the header Content-Length"})
+            size = int(length)
             if token is not None and not hmac.compare_digest(
                 given.encode(), f"Bearer {token}".encode()
             ):
-                return self._say(401, {"error": "expected the token in the header Authorization"})
+                return self._refuse(401, "expected the token in the header Authorization", size)
             if self.headers.get_content_type() != "application/json":  # browsers' forms cannot
-                return self._say(415, {"error": "expected the content type application/json"})
-            size = self.headers.get("Content-Length", "")
-            if not size.isdecimal() or len(size) > 10 or int(size) > LONGEST_REQUEST:
-                return self._say(413, {"error": f"expected at most {LONGEST_REQUEST} bytes"})
+                return self._refuse(415, "expected the content type application/json", size)
+            if size > LONGEST_REQUEST:
+                return self._refuse(413, f"expected at most {LONGEST_REQUEST} bytes", size)
             try:
-                values = _checked_request(json.loads(self.rfile.read(int(size))))
+                values = _checked_request(json.loads(self.rfile.read(size)))
             except (ValueError, RecursionError) as error:
                 return self._say(400, {"error": str(error)[:300]})
             try:
                 with turn:
                     scores = reward_fn(**values)
-                self._say(200, {"scores": checked_scores(scores, values["completions"]).tolist()})
+                answer = {"scores": checked_scores(scores, values["completions"]).tolist()}
             except Exception as error:
                 logger.exception("the reward function failed")
-                self._say(500, {"error": f"{type(error).__name__}: {error}"[:300]})
+                return self._say(500, {"error": f"{type(error).__name__}: {error}"[:300]})
+            try:
+                self._say(200, answer)
+            except ConnectionError:
+                logger.warning("%s did not wait for its scores", self.client_address[0])
+
+        def _refuse(self, status: int, reason: str, size: int) -> None:
+            left = min(size, READ_AWAY)
+            while left and (part := self.rfile.read1(min(left, 2**16))):  # type: ignore[attr-defined]
+                left -= len(part)
+            self._say(status, {"error": reason})
 
         def _say(self, status: int, answer: dict[str, Any]) -> None:
             body = json.dumps(answer).encode()

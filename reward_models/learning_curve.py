@@ -188,6 +188,58 @@ def forecast(
     return tuple(found)
 
 
+def more_worth_it(curve: LearningCurve, least_gain: float) -> int:
+    """How many times as many answers again are worth it: 0, 1 (twice as many in all) or 3.
+
+    They are, as long as each doubling is forecast to gain at least `least_gain`. No more than four
+    times the answers is looked at: so far a curve of few points does not tell.
+
+    Raises:
+        ValueError: if there is no forecast.
+    """
+    if not curve.forecasts:
+        raise ValueError(f"expected a curve with a forecast, got {len(curve.points)} points")
+    here, twice, four_times, _ = (f.value for f in curve.forecasts)
+    if twice - here < least_gain:
+        return 0
+    return 1 if four_times - twice < least_gain else 3
+
+
+def in_words(curve: LearningCurve, answers: int, least_gain: float) -> str:
+    """Say how good the model is with the answers there are, and how many more are worth it.
+
+    Args:
+        curve: what `learning_curve` returned, with a forecast.
+        answers: how many there are, held-out ones among them.
+        least_gain: what a doubling must bring, in units of the measure.
+    """
+    more = more_worth_it(curve, least_gain)
+    figure = "correlation" if curve.measure == "ratings" else "accuracy"
+    held_out = "texts" if curve.measure == "ratings" else curve.measure
+    last, (_, twice, four_times, _) = curve.points[-1], curve.forecasts
+    parts = [
+        f"{answers} answers: {figure} {last.value:.3f} ({_span(last.interval)}) on "
+        f"{curve.held_out} held-out {held_out}."
+    ]
+    for times, beyond in ((1, twice), (3, four_times)):
+        parts.append(
+            f"{times * answers} more: {beyond.value:.3f}, a gain of {beyond.gain:.3f} "
+            f"({_span(beyond.gain_interval)})."
+        )
+    if more:
+        parts.append(f"{'At least' if more == 3 else 'About'} {more * answers} more are worth it")
+    else:
+        parts.append("No more are worth it")
+    parts[-1] += f", at a gain of {least_gain:g} or more for twice the answers"
+    low, high = twice.gain_interval
+    unsure = low < least_gain <= high
+    return " ".join(parts) + ("; but it may be otherwise, by the interval." if unsure else ".")
+
+
+def _span(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
 def _power_law(
     n: np.ndarray, errors: np.ndarray, deviations: np.ndarray
 ) -> tuple[float, float, float]:

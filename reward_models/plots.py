@@ -1,9 +1,10 @@
 """Pictures: a reward model's calibration, its learning curve, and the rounds of a loop."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reward_models.atomic import atomic_file
@@ -11,16 +12,24 @@ from reward_models.evaluation import ChoiceReport
 from reward_models.learning_curve import LearningCurve
 
 
-def plot_calibration(report: ChoiceReport, path: str | os.PathLike[str], title: str = "") -> None:
+def plot_calibration(
+    reports: ChoiceReport | Mapping[str, ChoiceReport], path: str | os.PathLike[str]
+) -> None:
     """Predicted against observed shares with their intervals, and the diagonal of a perfect model.
 
     Args:
-        report: on held-out comparisons or labels.
+        reports: on held-out comparisons or labels; several by what they are called, side by side.
         path: of the PNG file.
-        title: above the picture; a plain one if not given.
     """
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
+    panels = {"": reports} if isinstance(reports, ChoiceReport) else reports
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, report) in zip(all_axes, panels.items(), strict=True):
+        _draw_calibration(axes, report, title)
+    _save(figure, path)
+
+
+def _draw_calibration(axes: Axes, report: ChoiceReport, title: str) -> None:
     predicted = np.array([bin.predicted for bin in report.calibration])
     observed = np.array([bin.observed for bin in report.calibration])
     intervals = np.array(
@@ -35,7 +44,6 @@ def plot_calibration(report: ChoiceReport, path: str | os.PathLike[str], title: 
     error = f"{report.n} choices, calibration error {report.calibration_error:.3f}"
     axes.set_title(f"{title}\n{error}" if title else error, fontsize=10)
     axes.legend(loc="upper left")
-    _save(figure, path)
 
 
 def plot_learning_curve(

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from reward_models.contract import RewardFunction
+from reward_models.contract import RewardFunction, asked_for
 
 
 class TimeLimitedReward:
@@ -27,6 +27,11 @@ class TimeLimitedReward:
         self.reward_fn, self.seconds = reward_fn, seconds
         self.__name__ = getattr(reward_fn, "__name__", type(reward_fn).__name__)
         self._left: threading.Thread | None = None
+
+    @property
+    def asks_for(self) -> set[str]:
+        """What the function asks for."""
+        return asked_for(self.reward_fn)
 
     def __call__(
         self, *, prompts: Sequence[str], completions: Sequence[str], **columns: Any

@@ -384,6 +384,11 @@ def saved(tmp_path_factory) -> Path:
         ("same prompts and tokenizer, got another's", {"env": {"prompts": [">a>>", ">b"]}}),
         ("same task, .*'missing_eos_penalty': 1", {"env": {"missing_eos_penalty": 1.0}}),
         ("same task, .*'allowed tokens'", {"env": {"allowed_token_ids": [0, 1]}}),
+        ("same task, .*'nonfinite_scores': 'pass'", {"env": {"nonfinite_scores": "pass"}}),
+        ("same task, .*'end tokens': ", {"env": {"eos_token_ids": [0]}}),
+        ("same task, .*'skip_special_tokens': F", {"env": {"skip_special_tokens": False}}),
+        ("one of autoreset=False, got True", {"env": {"autoreset": False}}),
+        ("same task, .*'group_size': 3", {"env": {"group_size": 3}}),
         ("another run; reward: 'a' there, 'b' here", {"facts": {"reward": "b"}}),
     ],
 )

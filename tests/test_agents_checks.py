@@ -100,11 +100,15 @@ def test_a_cache_with_wrong_positions_is_named(make_lm, monkeypatch) -> None:
         return call(**arguments)
 
     lm = louder(make_lm(9))
-    broken(monkeypatch, BODIES[make_lm], forget_positions)
     policy = make_policy(lm)
+    broken(monkeypatch, BODIES[make_lm], forget_positions)
     found = checks.check_cache(policy, walked(policy))
     assert found.level == "wrong" and "position_ids" in found.said
     assert checks.check_padding(policy, walked(policy)).level == "ok"
+    with pytest.warns(UserWarning, match="cannot be cached"):
+        policy = make_policy(lm)  # it tries, and does without
+    found = checks.check_cache(policy, walked(policy))
+    assert found.level == "look" and "other states than without" in found.said
 
 
 def test_an_ignored_attention_mask_and_looking_ahead_are_named(make_lm, monkeypatch) -> None:

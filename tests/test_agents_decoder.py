@@ -74,7 +74,7 @@ def test_cached_equals_full_forward_through_random_restarts(make_lm, n: int) -> 
 
 
 def test_a_restart_needs_no_more_columns_than_the_longest_row_has_tokens(make_lm) -> None:
-    decoder, rows = CachedDecoder(make_lm(V).base_model), Rows(4, restart=0.3)
+    decoder, rows = CachedDecoder(make_lm(V)), Rows(4, restart=0.3)
     for _ in range(80):
         ids = rows.tensor()
         decoder.hidden(ids)
@@ -129,7 +129,7 @@ def test_seeing_the_same_batch_again_costs_nothing_and_changes_nothing(make_lm) 
     with th.no_grad():
         first = policy.predict_values(ids)
         calls = []
-        policy.body.register_forward_hook(lambda *_: calls.append(1))
+        policy.lm.base_model.register_forward_hook(lambda *_: calls.append(1))
         assert policy.predict_values(ids).equal(first)
     assert calls == []
 
@@ -293,7 +293,7 @@ def test_whole_sequences_give_each_tokens_state(make_lm, monkeypatch, least: int
     with th.no_grad():
         found = policy.hidden_at(batch)
         for state, r, c in zip(found, batch.row, batch.position, strict=True):
-            alone = policy.body(input_ids=ids[r, : c + 1][None]).last_hidden_state[0, -1]
+            alone = policy.lm.base_model(input_ids=ids[r, : c + 1][None]).last_hidden_state[0, -1]
             th.testing.assert_close(state, alone, atol=1e-5, rtol=0)
 
 

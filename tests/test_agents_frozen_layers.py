@@ -21,36 +21,36 @@ from agents.frozen_layers import (
 
 @pytest.mark.parametrize("n_frozen", [0, 1, 2])
 def test_a_stack_run_in_two_parts_gives_the_whole(make_lm, n_frozen: int) -> None:
-    body = make_lm(9, layers=3).base_model
+    lm = make_lm(9, layers=3)
     ids = th.randint(0, 9, (4, 7))
     with th.no_grad():
-        whole = body(input_ids=ids).last_hidden_state
-        states = run_frozen(body, n_frozen, ids)
-        th.testing.assert_close(go_on_from(body, n_frozen, states, ids), whole)
+        whole = lm.base_model(input_ids=ids).last_hidden_state
+        states = run_frozen(lm, n_frozen, ids)
+        th.testing.assert_close(go_on_from(lm, n_frozen, states, ids), whole)
 
 
 def test_frozen_layers_are_counted_from_what_learns(make_lm) -> None:
     lm = make_lm(9, layers=3)
-    assert count_frozen(lm.base_model) == 0
+    assert count_frozen(lm) == 0
     for trainable_layers, n_frozen in ((0, 2), (1, 2), (2, 1), (3, 0), (9, 0)):
         freeze_below(lm, trainable_layers)
-        assert count_frozen(lm.base_model) == n_frozen
+        assert count_frozen(lm) == n_frozen
     freeze_below(lm, 1)
     lm.get_input_embeddings().requires_grad_(True)
-    assert count_frozen(lm.base_model) == 0
+    assert count_frozen(lm) == 0
 
 
 def test_a_model_that_hands_more_than_states_to_its_layers_is_run_whole(monkeypatch) -> None:
     lm = tiny_llama(9, layers=3)
     freeze_below(lm, 1)
-    assert count_frozen(lm.base_model) == 2
+    assert count_frozen(lm) == 2
     left = []  # what the first layer leaves for the last one, past the states
     first, last = lm.base_model.layers[0], lm.base_model.layers[2]
     forward = last.forward
     first.register_forward_hook(lambda *_: left.append(1.0))
     monkeypatch.setattr(last, "forward", lambda x, *a, **k: forward(x, *a, **k) + sum(left))
     last.register_forward_hook(lambda *_: left.clear())
-    assert count_frozen(lm.base_model) == 0
+    assert count_frozen(lm) == 0
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "bloom"])
@@ -70,7 +70,7 @@ def test_models_whose_layers_give_tuples_train_without_sharing(family: str) -> N
     }[family]()
     lm = AutoModelForCausalLM.from_config(config).eval()
     freeze_below(lm, 1)
-    assert count_frozen(lm.base_model) == 0
+    assert count_frozen(lm) == 0
 
 
 def learned(lm, shared: bool, monkeypatch, **changes) -> tuple:
@@ -86,7 +86,7 @@ def learned(lm, shared: bool, monkeypatch, **changes) -> tuple:
         model.policy.n_frozen = model.reference.n_frozen = 0
     runs = []
     for lm in (model.policy.lm, model.reference.lm):
-        stack_of(lm.base_model)[0].register_forward_hook(lambda *_: runs.append(1))
+        stack_of(lm)[0].register_forward_hook(lambda *_: runs.append(1))
     finish, train = model.rollout_buffer.before_advantages, model.train
 
     def counted(function):
@@ -123,7 +123,7 @@ def test_a_reference_of_other_weights_runs_its_own_layers() -> None:
     lm = tiny_gpt2(9)
     own = make_model(lm=copy.deepcopy(lm), policy_kwargs={"trainable_layers": 1})
     assert own.policy.n_frozen == own.reference.n_frozen == 1
-    assert shares_frozen(own.policy.body, own.reference.lm.base_model, 1)
+    assert shares_frozen(own.policy.lm, own.reference.lm, 1)
     other = make_model(
         lm=copy.deepcopy(lm), ref_lm=tiny_gpt2(9, seed=1), policy_kwargs={"trainable_layers": 1}
     )

@@ -67,7 +67,7 @@ def test_with_adapters_the_decoder_gives_what_a_whole_pass_gives(make, dora) -> 
             observation = th.full((1, 8), -1)
             observation[:, :n] = ids[:, :n]
             hidden, _ = policy.last_hidden(observation)
-            whole = policy.body(input_ids=ids[:, :n]).last_hidden_state[:, -1]
+            whole = policy.lm.base_model(input_ids=ids[:, :n]).last_hidden_state[:, -1]
             th.testing.assert_close(hidden, whole, atol=1e-5, rtol=1e-5)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch as th
 from transformers.pytorch_utils import Conv1D
 
-from agents.packed import PackedLinear, can_pack, pack_linears
+from agents.packed import PackedLinear, called_linears, can_pack, pack_linears
 
 pytestmark = pytest.mark.skipif(
     not can_pack(th.device("cpu"), th.float32), reason="this torch has no oneDNN"
@@ -26,7 +26,7 @@ def test_packed_gives_the_layers_output(layer, shape) -> None:
 def test_a_models_layers_are_packed_and_its_own_parameters_are_not_copied(make_lm) -> None:
     lm, ids = make_lm(9), th.randint(0, 9, (2, 5))
     twin = copy.deepcopy(lm, {id(p): p for p in lm.parameters()})
-    pack_linears(twin.base_model)
+    pack_linears(twin, called_linears(twin))
     n_packed = sum(isinstance(m, PackedLinear) for m in twin.modules())
     assert n_packed == sum(type(m) in (th.nn.Linear, Conv1D) for m in lm.base_model.modules()) > 0
     with th.no_grad():

@@ -1,11 +1,13 @@
 """The supervised warm start."""
 
+import random
+
 import pytest
 import torch as th
 from conftest import letter_tokenizer, tiny_gpt2, tiny_llama
 
-from agents import sft
-from agents.sft import conversation_row, warm_start, whole_texts
+from agents.sft import warm_start
+from agents.whole_texts import TextModel, conversation_row, encode, whole_texts
 
 TEXTS = ["abc", "abcabc", "abcabcabc", "abcabcabcabc"] * 25
 
@@ -29,8 +31,6 @@ def test_the_loss_is_transformers_own() -> None:
     tokenizer, lm = letter_tokenizer("abc"), tiny_llama(6)
     report = warm_start(lm, tokenizer, TEXTS[:20], max_steps=1, learning_rate=0.0, held_out=2)
     texts = [tokenizer(t)["input_ids"] + [tokenizer.eos_token_id] for t in TEXTS[:20]]
-    import random
-
     random.Random(0).shuffle(texts)
     total = tokens = 0.0
     with th.no_grad():
@@ -56,8 +56,8 @@ def test_a_loss_that_is_not_finite_stops_before_any_parameter_changes(
 ) -> None:
     lm = tiny_gpt2(len(tokenizer))
     before = [p.clone() for p in lm.parameters()]
-    right = sft._Learner.log_probs
-    monkeypatch.setattr(sft._Learner, "log_probs", lambda *given: right(*given) * float("nan"))
+    right = TextModel.log_probs
+    monkeypatch.setattr(TextModel, "log_probs", lambda *given: right(*given) * float("nan"))
     with pytest.raises(FloatingPointError, match="expected a finite loss, got nan at step 0"):
         warm_start(lm, tokenizer, TEXTS, max_steps=2)
     assert all(old.equal(new) for old, new in zip(before, lm.parameters(), strict=True))
@@ -65,10 +65,36 @@ def test_a_loss_that_is_not_finite_stops_before_any_parameter_changes(
 
 def test_pad_is_eos_and_the_end_is_still_learned() -> None:
     eos = 5
-    rows = [{"input_ids": [0, 1, eos], "learned": [1, 2]}, {"input_ids": [2, eos], "learned": [1]}]
-    batch = whole_texts(rows)
+    batch = whole_texts(
+        [{"input_ids": [0, 1, eos], "n_given": 1}, {"input_ids": [2, eos], "n_given": 1}]
+    )
     tokens = batch.ids[batch.row, batch.position + 1]
     assert tokens.tolist() == [1, eos, eos]
+
+
+def test_of_a_pair_the_completion_alone_is_learned() -> None:
+    """Prompts are noise that no model could learn; the answer is always "ab", then EOS."""
+    tokenizer = letter_tokenizer("abc")
+    rows = encode(tokenizer, [("cc", "ab"), "cab"])
+    a, b, c, eos = (*tokenizer.convert_tokens_to_ids(list("abc")), tokenizer.eos_token_id)
+    assert rows[0] == {"input_ids": [c, c, a, b, eos], "n_given": 2}
+    assert rows[1] == {"input_ids": [c, a, b, eos], "n_given": 1}
+    batch = whole_texts(rows)
+    assert batch.ids[batch.row, batch.position + 1].tolist() == [a, b, eos, a, b, eos]
+    rng = random.Random(0)
+    pairs = [("".join(rng.choices("abc", k=6)), "ab") for _ in range(100)]
+    lm = tiny_gpt2(len(tokenizer))
+    report = warm_start(lm, tokenizer, pairs, epochs=8, batch_size=8, learning_rate=1e-2)
+    assert report.loss_after < 0.05  # over the prompts too it would be above 0.6
+
+
+def test_pairs_whose_completion_is_cut_off_whole_are_passed_over() -> None:
+    tokenizer, lm = letter_tokenizer("abc"), tiny_llama(6)
+    pairs = [("aaaa", "b"), ("a", "b"), ("a", "c")]
+    report = warm_start(lm, tokenizer, pairs, max_tokens=4, max_steps=1)
+    assert report.n_texts + report.n_held_out == 2
+    with pytest.raises(ValueError, match="max_tokens=1 leaves something to learn, got 0 of 3"):
+        warm_start(lm, tokenizer, pairs, max_tokens=1, max_steps=1)
 
 
 def test_texts_that_cannot_end_are_refused() -> None:
@@ -130,5 +156,5 @@ def test_conversations_that_cannot_be_learned_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="expected one that shows an answer behind"):
             conversation_row(chat_tokenizer(template), CHAT)
-    with pytest.raises(ValueError, match="got 0 with something to learn in their first 3 tokens"):
+    with pytest.raises(ValueError, match="max_tokens=3 leaves something to learn, got 0 of 2"):
         warm_start(tiny_gpt2(11), chat_tokenizer(), [CHAT, CHAT], max_tokens=3)

@@ -119,7 +119,7 @@ class Disturb:
     calls = 0
 
     def __call__(self, module, args, kwargs, output):
-        ids = kwargs["input_ids"]
+        ids = args[0] if args else kwargs["input_ids"]
         following = ids.roll(-1, dims=1)
         following[:, -1] = 0
         users = (following >= len(ASSISTANT)) & (following < len(ASSISTANT + USER))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from gymnasium.vector import AutoresetMode
+from test_reward_models_learned import make_backbone
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -32,3 +33,23 @@ def test_multi_turn_chat_learns_to_ask_and_to_read_the_answer() -> None:
     assert scores[0] < 0.3 and sum(scores[-5:]) / 5 > 0.7
     assert all(episode["messages"][1]["content"].startswith("?") for episode in episodes)
     assert sum(episode["score"] for episode in episodes) >= 3
+
+
+def test_the_article_task_from_ratings_to_test_prompts(tmp_path, capsys) -> None:
+    article = load("article")
+    lm, encoder = (make_backbone(tmp_path / kind, kind) for kind in ("llama", "bert"))
+    arguments = f"--model {lm} --encoder {encoder} --total_timesteps 64 --n_envs 4"
+    before, after = article.main([*arguments.split(), "--samples", f"{tmp_path}/samples.jsonl"])
+    assert 0 < before < 1 and 0 < after < 1
+    assert "mean reward on 8 test prompts" in capsys.readouterr().out
+    assert (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    answers = iter(["6", "", "5", "1"])
+    written = article.generate(str(lm), ["the film"], n=2)
+    assert article.ask(written, lambda _: next(answers)) == [5, 1]
+
+
+def test_the_articles_ratings_are_whole_and_none_is_of_a_test_prompt() -> None:
+    article = load("article")
+    prompts, completions, scores = article.load_ratings(article.RATINGS)
+    assert len(set(zip(prompts, completions, strict=True))) == len(scores) == 72
+    assert set(scores) == {1, 2, 3, 4, 5} and not set(prompts) & set(article.TEST_PROMPTS)

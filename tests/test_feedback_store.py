@@ -1,6 +1,7 @@
 """The store: assignment, answers as shown and as kept, undo, and forgetting."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -317,3 +318,46 @@ def test_forgetting_by_pseudonym(tmp_path: Path) -> None:
         store.answer(store.next_task(person.pseudonym).id, person.pseudonym, "left")
         assert store.forget(person.pseudonym) == 1
         assert accounts.find("ann") is None
+
+
+def test_a_task_waits_for_all_its_answers(store: FeedbackStore) -> None:
+    here = ("round-1", "round-1")
+    store.add([*comparisons(4, origins=here), *comparisons(1)], 1.0, overlap_annotators=2)
+    assert store.count_open("round-1", 2) == (4, 4)
+    assert store.count_open("round-2", 2) == (0, 0)
+    give_all(store, "ann")
+    assert store.count_open("round-1", 2) == (4, 4)
+    assert store.count_open("round-1", 1) == (4, 0)  # a second answer is waited for no longer
+    give_all(store, "ben")
+    assert store.count_open("round-1", 3) == (4, 0)
+
+
+def test_a_task_passed_over_waits_for_whoever_is_at_work(store: FeedbackStore) -> None:
+    store.add(comparisons(2, origins=("round-1", "round-1")), 0.0)
+    first = store.next_task("ann")
+    store.skip(first.id, "ann")
+    store.answer(store.next_task("ann").id, "ann", "left")
+    assert store.count_open("round-1", 1) == (2, 0)  # ann is alone
+    store.undo("ann")
+    store.answer(store.next_task("ann").id, "ann", "left")
+    second = store.next_task("ben")
+    assert second.task == first.task
+    store.answer(second.id, "ben", "left")
+    assert store.count_open("round-1", 1) == (2, 0)
+    store.add(comparisons(4, origins=("round-1", "round-1")), 0.0)
+    store.skip(store.next_task("ann").id, "ann")
+    assert store.count_open("round-1", 1) == (4, 2)  # ben has not seen it
+
+
+def test_the_unanswered_can_be_put_in_another_order(store: FeedbackStore) -> None:
+    store.add(comparisons(6), 0.0)
+    answered = store.next_task("ann")
+    store.answer(answered.id, "ann", "left")
+    skipped = store.next_task("ann")
+    store.skip(skipped.id, "ann")
+    waiting = store.unanswered()
+    assert {task.prompt for task in waiting} == {f"p{i}" for i in range(6)} - {answered.task.prompt}
+    assert store.add([replace(t, uncertainty=float(t.prompt[1:])) for t in waiting]) == 0
+    given = [assignment.task.prompt for assignment in give_all(store, "ben")]
+    assert given == sorted((task.prompt for task in waiting), reverse=True)
+    assert store.unanswered() == []

@@ -19,10 +19,10 @@ from reward_models.feedback.database import StoreError
 from reward_models.feedback.store import FeedbackStore
 from reward_models.feedback.tasks import Task
 from reward_models.feedback.web import make_app, serve, set_up_account
-from reward_models.feedback.web.sessions import SESSION_COOKIE, VISIT_COOKIE
 
 PASSWORD = "a long password"
 BASE = "http://localhost:8000"
+SESSION_COOKIE, VISIT_COOKIE = "feedback_session_8000", "feedback_visit_8000"
 COMPARISON = Task("comparison", "The film", (" shines.", " drags."), ("runs/tuned", "runs/plain"))
 RATING = Task("rating", "这部电影", ("很好看。",), ("runs/tuned",))
 LABEL = Task("label", "It", (" <script>alert(1)</script>\x1b[31m\u202e\x00",), ("runs/plain",))
@@ -317,10 +317,10 @@ def test_posts_from_elsewhere_are_refused_in_a_session_too(desk: Desk) -> None:
 
 
 def test_cookies_are_kept_from_scripts_and_other_sites(desk: Desk) -> None:
-    for base in (BASE, "https://localhost"):
+    for base, before, port in ((BASE, "", 8000), ("https://localhost", "__Host-", 443)):
         client = TestClient(desk.app, base, headers={"Origin": base}, follow_redirects=False)
-        answers = {VISIT_COOKIE: client.get("/sign-in"), SESSION_COOKIE: sign_in(client)}
-        for name, answer in answers.items():
+        for kind, answer in (("visit", client.get("/sign-in")), ("session", sign_in(client))):
+            name = f"{before}feedback_{kind}_{port}"
             cookie = answer.headers["Set-Cookie"]
             assert cookie.startswith(f"{name}=")
             assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(
@@ -328,6 +328,38 @@ def test_cookies_are_kept_from_scripts_and_other_sites(desk: Desk) -> None:
             )
             assert ("; Secure" in cookie) == base.startswith("https")
         client.close()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_pages_at_two_ports_of_one_host_have_sessions_of_their_own(desk: Desk, scheme: str) -> None:
+    browser = TestClient(desk.app)  # one jar, and a cookie goes to every port of its host
+    desk.clients.append(browser)
+    for port, name in (("8000", "ann"), ("8001", "ben")):
+        browser.base_url = f"{scheme}://localhost:{port}"
+        browser.headers["Origin"] = f"{scheme}://localhost:{port}"
+        assert sign_in(browser, name).url.path == "/"
+    browser.base_url, browser.headers["Origin"] = (
+        f"{scheme}://localhost:8000",
+        f"{scheme}://localhost:8000",
+    )
+    page = browser.get("/").text
+    assert ">ann<" in page
+    assert browser.post("/sign-out", data=fields(page, "/sign-out")).url.path == "/sign-in"
+    assert len(browser.cookies) == 2  # the other session, and this visit
+    browser.base_url = f"{scheme}://localhost:8001"
+    assert ">ben<" in browser.get("/").text
+
+
+def test_made_up_names_hold_up_nobody_elsewhere(desk: Desk) -> None:
+    def client_at(address: str) -> TestClient:
+        client = TestClient(desk.app, BASE, headers={"Origin": BASE}, client=(address, 50000))
+        desk.clients.append(client)
+        return client
+
+    stranger = client_at("203.0.113.9")
+    statuses = [sign_in(stranger, f"nobody {i}").status_code for i in range(31)]
+    assert statuses == [401] * 30 + [429]
+    assert sign_in(client_at("198.51.100.7")).url == f"{BASE}/"
 
 
 def test_signing_in_gives_a_new_session_and_ends_the_old_one(desk: Desk) -> None:

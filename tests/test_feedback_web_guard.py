@@ -55,6 +55,8 @@ OWN = {"Origin": "http://localhost:8000"}
         ("[fe80::1]", True, 200),
         ("evil.example", True, 400),
         ("[", False, 400),
+        ("localhost:port", False, 400),
+        ("localhost:99999", False, 400),
         ("", True, 400),
     ],
 )
@@ -139,27 +141,49 @@ def test_every_answer_is_sealed(path: str) -> None:
     assert "unsafe" not in answer.headers["Content-Security-Policy"]
 
 
+HERE, THERE = "198.51.100.7", "203.0.113.9"
+
+
 def test_throttle_holds_one_name_back_and_then_lets_it_go() -> None:
     now = 0.0
-    throttle = Throttle(per_name=2, in_all=10, window=60, clock=lambda: now)
-    assert [throttle.attempt("ann") for _ in range(3)] == [0, 0, 60]
-    assert throttle.attempt("ben") == 0
+    throttle = Throttle(per_pair=2, clock=lambda: now)
+    assert [throttle.attempt("ann", HERE) for _ in range(3)] == [0, 0, 60]
+    assert throttle.attempt("ben", HERE) == 0
+    assert throttle.attempt("ann", THERE) == 0
     now = 59.0
-    assert throttle.attempt("ann") == 1
+    assert throttle.attempt("ann", HERE) == 1
     now = 60.0
-    assert throttle.attempt("ann") == 0
+    assert throttle.attempt("ann", HERE) == 0
 
 
 def test_throttle_forgets_failures_after_a_success() -> None:
-    throttle = Throttle(per_name=2)
+    throttle = Throttle(per_pair=2, clock=lambda: 0.0)
     for _ in range(5):
-        assert throttle.attempt("ann") == 0
-        throttle.succeeded("ann")
+        assert throttle.attempt("ann", HERE) == 0
+        throttle.succeeded("ann", HERE)
 
 
-def test_throttle_bounds_the_attempts_of_all_names() -> None:
-    throttle = Throttle(per_name=2, in_all=3, clock=lambda: 0.0)
-    assert [throttle.attempt(name) for name in "abcd"] == [0, 0, 0, 60]
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(HERE, HERE), ("2001:db8::1", "2001:db8::ffff:2"), (HERE, f"::ffff:{HERE}")],
+)
+def test_throttle_bounds_the_attempts_of_one_client(one: str, other: str) -> None:
+    throttle = Throttle(per_address=3, clock=lambda: 0.0)
+    addresses = [one, other, one, other]
+    assert list(map(throttle.attempt, "abcd", addresses)) == [0, 0, 0, 60]
+    assert throttle.attempt("d", THERE) == throttle.attempt("d", "2001:db8:0:1::1") == 0
+
+
+def test_throttle_lets_the_owner_in_while_many_clients_try_a_name() -> None:
+    now = 0.0
+    throttle = Throttle(per_name=3, clock=lambda: now)
+    assert throttle.attempt("ann", HERE) == 0
+    throttle.succeeded("ann", HERE)
+    assert [throttle.attempt("ann", f"203.0.113.{i}") for i in range(5)] == [0, 0, 0, 60, 60]
+    assert throttle.attempt("ann", HERE) == 0
+    assert throttle.attempt("ben", THERE) == 0
+    now = 60.0
+    assert throttle.attempt("ann", "203.0.113.4") == 0
 
 
 def hidden(name: str) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import agents.saving
+import reward_models.atomic
+from agents.saving import replaced_folder
 from reward_models.atomic import atomic_file, atomic_folder
 
 
@@ -33,6 +36,36 @@ def test_existing_folder_is_kept_unless_overwriting(tmp_path: Path) -> None:
         (folder / "new").touch()
     assert os.listdir(target) == ["new"]
     assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, "broken")])
+@pytest.mark.parametrize("n_before", [0, 1])
+def test_between_two_renames_the_old_folder_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], n_before: int
+) -> None:
+    """Either rename fails, or Ctrl-C comes before or after it, in both packages' folders."""
+    for package, write in (
+        (reward_models.atomic, lambda path: atomic_folder(path, overwrite=True)),
+        (agents.saving, replaced_folder),
+    ):
+        target = tmp_path / package.__name__ / "model"
+        target.mkdir(parents=True)
+        (target / "old").touch()
+        calls, rename = [], os.rename
+
+        def failing(a, b, calls=calls, rename=rename) -> None:
+            calls.append(a)
+            if len(calls) == n_before + 1:
+                raise error
+            rename(a, b)
+
+        with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, OSError)):
+            patch.setattr(os, "rename", failing)
+            patch.setattr(Path, "rename", failing)
+            with write(target) as folder:
+                (folder / "new").touch()
+        assert os.listdir(target) == ["old"]
+        assert os.listdir(target.parent) == ["model"]
 
 
 def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from scipy import stats
 from scipy.special import expit
 
 from reward_models.evaluation import (
+    GroupReport,
     calibration,
     choice_report,
     pairwise_accuracy,
@@ -19,6 +20,7 @@ from reward_models.evaluation import (
     share_interval,
     spearman,
 )
+from reward_models.tables import groups_table
 
 
 def test_correlations_equal_scipys() -> None:
@@ -110,3 +112,16 @@ def test_interval_of_a_share_by_hand() -> None:
     assert share_interval(4.5, 10)[0] == 0.45
     with pytest.raises(ValueError, match="expected a count from 0 to 10, got 11"):
         share_interval(11, 10)
+
+
+def test_table_of_annotators() -> None:
+    ann = GroupReport(choices=4, accuracy=(0.75, 0.3, 0.954), ratings=0, pearson=None)
+    ben = GroupReport(choices=0, accuracy=None, ratings=7, pearson=float("nan"))
+    groups = {name: dataclasses.asdict(group) for name, group in (("ann", ann), ("b|n", ben))}
+    assert groups_table(groups, "annotator").splitlines() == [
+        "| annotator | held-out choices | accuracy, 95 % | held-out ratings | r |",
+        "|---|---|---|---|---|",
+        "| ann | 4 | 0.75 [0.30, 0.95] | 0 |  |",
+        "| b\\|n | 0 |  | 7 |  |",
+    ]
+    assert groups_table({"ann": dataclasses.asdict(ann)}, "annotator") == ""

@@ -1,6 +1,8 @@
 """Rewards over HTTP, with real servers on this machine that fail in every way; never a score."""
 
 import json
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -84,17 +86,28 @@ def hang(seconds: float) -> Callable:
     return lambda handler: time.sleep(seconds)
 
 
-def drip(handler: BaseHTTPRequestHandler) -> None:
-    """A byte at a time, each well within the timeout, and never all of them."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    for _ in range(30):
-        try:
-            handler.wfile.write(b" ")
-        except OSError:
-            return
-        time.sleep(0.1)
+def drip(head: bytes) -> Callable:
+    """Then a byte at a time, each well within the timeout, and never all of them."""
+
+    def give(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"HTTP/1.1 " + head)
+        for _ in range(30):
+            try:
+                handler.wfile.write(b" ")
+            except OSError:
+                return
+            time.sleep(0.1)
+
+    return give
+
+
+DRIPS = {
+    "silent": hang(1.0),
+    "body": drip(b"200 OK\r\nContent-Length: 1000\r\n\r\n"),
+    "body of no length": drip(b'200 OK\r\n\r\n{"scores": [1, 2, 3]}'),
+    "headers": drip(b"200 OK\r\nX-Slow: "),
+    "refusal": drip(b"503 Busy\r\nContent-Length: 1000\r\n\r\nbusy"),
+}
 
 
 def cut(handler: BaseHTTPRequestHandler) -> None:
@@ -146,16 +159,18 @@ def test_a_server_that_is_down_is_asked_five_times(waits: list[float]) -> None:
     assert len(waits) == 4 and isinstance(raised.value.__cause__, OSError)
 
 
-@pytest.mark.parametrize("slow", [hang(1.0), drip], ids=["silent", "dripping"])
+@pytest.mark.parametrize("slow", DRIPS.values(), ids=DRIPS)
 def test_a_slow_server_is_given_up_on(slow: Callable) -> None:
     start = time.monotonic()
     with (
         answering(slow) as (url, requests),
-        pytest.raises(HTTPRewardError, match=r"timed out|within 0\.3 s"),
+        pytest.raises(HTTPRewardError, match=r"timed out|within 0\.3 s|HTTP 503 Busy, 'busy"),
     ):
-        HTTPRewardModel(url, timeout=0.3, retries=1)(**TEXTS)
-        assert time.monotonic() - start < 5
-    assert len(requests) == 2
+        try:
+            HTTPRewardModel(url, timeout=0.3, retries=1)(**TEXTS)
+        finally:
+            seconds = time.monotonic() - start
+    assert len(requests) == 2 and seconds < 2.5
 
 
 def test_an_answer_cut_short_is_asked_for_again() -> None:
@@ -283,3 +298,38 @@ def test_the_server_refuses(
             urllib.request.urlopen(request, timeout=5)
     assert raised.value.code == status
     assert "error" in json.loads(raised.value.read())
+
+
+@pytest.mark.parametrize(("size", "status"), [(4_000_000, 401), (20_000_000, 413)])
+def test_a_refusal_is_heard_by_a_client_that_still_sends(size: int, status: int) -> None:
+    """Not a broken pipe, which would be tried again."""
+    token = "right" if status == 413 else "wrong"
+    headers = {"Authorization": f"Bearer {token}"}
+    with running(reward_server(LengthReward(3), port=0, token="right")) as url:
+        model = HTTPRewardModel(url, retries=1, headers=headers)
+        with pytest.raises(HTTPRewardError, match=f"got HTTP {status} "):
+            model(prompts=["a"], completions=["b" * size])
+
+
+def test_a_client_that_does_not_wait_is_no_failure_of_the_reward(caplog) -> None:
+    asked, gone = threading.Event(), threading.Event()
+
+    def reward_fn(prompts: list[str], completions: list[str]) -> list[float]:
+        asked.set()
+        assert gone.wait(5)
+        return [0.0] * len(prompts)
+
+    body = json.dumps({"prompts": ["a"] * 1000, "completions": ["a"] * 1000}).encode()
+    head = f"POST / HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    server = reward_server(reward_fn, port=0)
+    server.daemon_threads = False  # it waits for them
+    with running(server):
+        client = socket.create_connection(server.server_address)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert asked.wait(5)
+        client.close()
+        gone.set()
+    assert [record.getMessage() for record in caplog.records] == [
+        "127.0.0.1 did not wait for its scores"
+    ]

@@ -11,7 +11,14 @@ from test_reward_models_learned import comparisons, make_backbone, ratings
 
 from reward_models import LearnedRewardModel
 from reward_models.evaluation import EvaluationReport, choice_report
-from reward_models.learning_curve import CurvePoint, forecast, learning_curve
+from reward_models.learning_curve import (
+    CurvePoint,
+    LearningCurve,
+    forecast,
+    in_words,
+    learning_curve,
+    more_worth_it,
+)
 from reward_models.plots import plot_calibration, plot_learning_curve
 
 
@@ -33,6 +40,31 @@ def test_a_known_power_law_is_continued() -> None:
     assert beyond.value == pytest.approx(0.8875, abs=1e-3)
     assert beyond.gain == pytest.approx(0.0125, abs=1e-3)
     assert ceiling.value == pytest.approx(0.9, abs=2e-3) and ceiling.answers is None
+
+
+def known_curve(half: float) -> LearningCurve:
+    """From 6400 to 12800 the error falls by 0.0073, from there to 25600 by 0.0052."""
+    beyond = forecast(points(half), [6400, 12800, 25600, None])
+    return LearningCurve("comparisons", 750, tuple(points(half)), beyond)
+
+
+@pytest.mark.parametrize(("least_gain", "more"), [(0.008, 0), (0.006, 1), (0.004, 3)])
+def test_more_answers_are_worth_it_while_doublings_gain_enough(
+    least_gain: float, more: int
+) -> None:
+    assert more_worth_it(known_curve(1e-4), least_gain) == more
+    said = in_words(known_curve(1e-4), 8000, least_gain)
+    assert "8000 answers: accuracy 0.875 (0.875 to 0.875) on 750 held-out comparisons." in said
+    assert "8000 more: 0.882, a gain of 0.007 (0.007 to 0.007)." in said
+    assert "24000 more: 0.888, a gain of 0.012" in said
+    verdict = {0: "No more are", 1: "About 8000 more are", 3: "At least 24000 more are"}[more]
+    assert f"{verdict} worth it" in said and "otherwise" not in said
+
+
+def test_an_unsure_verdict_is_said_to_be_one() -> None:
+    assert "may be otherwise" in in_words(known_curve(0.03), 8000, 0.006)
+    with pytest.raises(ValueError, match="a curve with a forecast, got 2 points"):
+        more_worth_it(LearningCurve("labels", 9, tuple(points(0.1)[:2]), ()), 0.01)
 
 
 def test_uncertain_points_make_an_uncertain_forecast() -> None:
@@ -106,8 +138,9 @@ def test_pictures_with_forecast_and_calibration(tmp_path: Path) -> None:
     )
     plot_learning_curve(curve, tmp_path / "curve.png")
     report = choice_report([-1.0, 0.5, 2.0, 0.1], [0.0, 1.0, 0.5, 1.0])
-    plot_calibration(report, tmp_path / "calibration.png", "a title")
-    for name in ("curve.png", "calibration.png"):
+    plot_calibration(report, tmp_path / "calibration.png")
+    plot_calibration({"comparisons": report, "labels": report}, tmp_path / "both.png")
+    for name in ("curve.png", "calibration.png", "both.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 

@@ -21,9 +21,20 @@ def test_a_writer_is_measured_on_its_episodes():
     found = measures(episodes, {"score": np.array([1.0, 3.0])})
     assert found["score"][0] == 2 and found["tokens"][0] == 3.5 and found["ended"][0] == 0.5
     assert found["distinct-1"][0] == 4 / 7 and found["distinct-2"][0] == 3 / 5
+    assert found["self-bleu"][0] < 0.1  # they share no word
     assert found["repetition"][0] == 0.25  # one of the first text's two 3-grams came before
     value, low, high = found["ref_kl"]
     assert value == low == high == 1
+
+
+def test_scores_of_any_name_are_in_the_table_in_their_order():
+    episodes = [episode("So", text) for text in ("好看", "不好看")]
+    found = measures(episodes, {"score": np.array([1.0, 3.0]), "rougeL": np.array([0.5, 0.7])})
+    rows = [line.split(" |")[0].strip("| ") for line in measures_table({"one": found}).splitlines()]
+    assert rows[2:5] == [
+        "score (the reward)", "rougeL", "KL to the warm start (nats per completion)"
+    ]  # fmt: skip
+    assert found["distinct-1"][0] == 3 / 5
 
 
 def test_the_tables_hold_a_writer_per_column_and_a_bar_does_not_end_a_cell():

@@ -8,7 +8,14 @@ import pytest
 from text_env_fixtures import arguments, character_tokenizer, llama_tokenizer
 
 from text_env import PromptSet, TextEnvironment, load_prompts, split_by_hash
-from text_env.prompts import RESERVED_COLUMNS, FixedOrder, ShuffledOrder, beginning
+from text_env.prompts import (
+    RESERVED_COLUMNS,
+    FixedOrder,
+    ShuffledOrder,
+    beginning,
+    load_examples,
+    load_texts,
+)
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}\n{% endfor %}a"
 
@@ -164,6 +171,17 @@ def test_shuffled_order_is_without_replacement_and_uniform():
     assert len(counts) == 6 and all(400 < n < 600 for n in counts.values())
 
 
+def test_fingerprint_is_of_texts_tokens_and_columns():
+    def fingerprint(rows):
+        return PromptSet(rows, character_tokenizer()).fingerprint()
+
+    rows = [{"prompt": "ab", "k": 1, "of": {(1, 2): object()}}, {"prompt": "cd", "k": 2, "of": 3}]
+    same = [{"of": {(1, 2): object()}, "k": 1, "prompt": "ab"}, rows[1]]
+    assert fingerprint(rows) == fingerprint(same)
+    others = [rows[::-1], [{**rows[0], "prompt": "abb"}, rows[1]], [{**rows[0], "k": 3}, rows[1]]]
+    assert len({fingerprint(other) for other in [rows, *others]}) == 4
+
+
 @pytest.mark.parametrize("drawn", [0, 1, 4, 5, 8])
 def test_shuffled_order_state(drawn):
     generator = np.random.default_rng(1)
@@ -255,3 +273,35 @@ def test_texts_and_rewards():
 def test_texts_and_rewards_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         TextEnvironment(**arguments(**{"prompts": None, "reward_fn": None, **changes}))
+
+
+def test_examples_are_texts_or_pairs(tmp_path):
+    path = tmp_path / "e.jsonl"
+    path.write_text(
+        '"ab"\n{"text": "cd", "label": 1}\n{"prompt": "e", "completion": " f", "reference": "x"}\n'
+        '{"completion": "g"}\n{"prompt": "h", "reference": ["i", "j"]}\n'
+        '{"prompt": "k", "reference": "l"}\n'
+    )
+    pairs = [("e", " f"), ("", "g"), ("h", "i"), ("k", "l")]
+    assert load_examples(path) == ["ab", "cd", *pairs]
+    assert load_texts(path) == ["ab", "cd", "e f", "g", "hi", "kl"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a"}',
+        '{"reference": "a"}',
+        '{"prompt": "a", "reference": []}',
+        '{"prompt": "a", "reference": [3]}',
+        '{"prompt": "a", "completion": ["b"]}',
+        '{"prompt": " ", "completion": ""}',
+        '{"text": 3}',
+        "3",
+    ],
+)
+def test_examples_errors(tmp_path, line):
+    path = tmp_path / "e.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=r'e\.jsonl, line 1: expected a text, or the key "text"'):
+        load_examples(path)

@@ -318,7 +318,7 @@ def test_help_is_instant_and_imports_no_torch() -> None:
 
 
 def test_print_config_and_presets_are_valid(capsys) -> None:
-    for preset in sorted((ROOT / "configs").glob("*.yaml")):
+    for preset in sorted({*(ROOT / "configs").glob("*.yaml")} - {train.Tune().space}):
         with pytest.raises(SystemExit) as stopped:
             train.main(["--config", str(preset), "--print_config"])
         assert stopped.value.code == 0

@@ -7,15 +7,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 from test_train import finished, own  # noqa: F401
+from test_train_resume import stop_in
 
+import reward_models
 import train
 from reward_models import read_feedback
-from reward_models.feedback import Accounts, FeedbackStore
+from reward_models.feedback import Accounts, FeedbackStore, Task
 
 ROOT = Path(train.__file__).parent
 
@@ -78,10 +82,17 @@ def test_two_policies_side_by_side_the_disputed_first(run, own, monkeypatch, cap
     assert command(line + f"--ensemble {run}/more/reward_model", run) == 0
     with FeedbackStore(run / "feedback.sqlite") as store:
         tasks = [store.next_task("somebody").task]
-    assert set(tasks[0].origins) == {f"{run}/policy", f"{run}/sft"}
-    assert 0 < tasks[0].uncertainty <= 0.5
-    assert command(f"annotate --terminal true --ensemble {run}/more/reward_model", run) == 1
-    assert "expected tasks, policy or prompts beside ensemble" in capsys.readouterr().err
+        assert set(tasks[0].origins) == {f"{run}/policy", f"{run}/sft"}
+        assert 0 < tasks[0].uncertainty <= 0.5
+        undisputed = [replace(task, uncertainty=0.0) for task in store.unanswered()]
+        store.add([*undisputed, Task("rating", "The film", (" is good",))])
+    capsys.readouterr()
+    assert command(f"annotate --terminal true --ensemble {run}/more/reward_model", run) == 0
+    assert f"{len(undisputed) + 1} tasks without all their answers put in order" in (
+        capsys.readouterr().out
+    )
+    with FeedbackStore(run / "feedback.sqlite") as store:
+        assert all(task.uncertainty > 0 for task in store.unanswered())
 
 
 def test_two_policies_are_compared_and_not_rated(run, capsys) -> None:
@@ -94,8 +105,59 @@ def test_ratings_as_a_table(run, capsys) -> None:
     assert command(f"feedback import {run}/given.csv", run) == 0
     assert command(f"feedback export {run}/out.csv", run) == 0
     assert " is good" in (run / "out.csv").read_text()
+    assert command(f"feedback export {run}/other.csv --kind comparison", run) == 1
+    assert "expected a .jsonl file for comparisons" in capsys.readouterr().err
+    assert not (run / "other.csv").exists()
     assert command(f"feedback export {run}/none.csv --store {run}/no.sqlite", run) == 1
     assert "`python train.py annotate` or `feedback import` makes" in capsys.readouterr().err
+
+
+def chosen(n: int) -> str:
+    """Comparisons by two people of pairs that differ in one word, as JSON lines."""
+    rows = (
+        {
+            "prompt": f"Film number {i}",
+            "chosen": " is good",
+            "rejected": " is bad",
+            "annotator": ("ann", "ben")[i % 2],
+            "origin": "us",
+        }
+        for i in range(n)
+    )
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_how_many_more_answers_are_worth_it(own, tmp_path, capsys) -> None:  # noqa: F811
+    (tmp_path / "answers.jsonl").write_text(chosen(50))
+    assert command(f"feedback import {tmp_path}/answers.jsonl", tmp_path) == 0
+    line = f"feedback worth --model {own}/encoder --epochs 1 --repeats 1"
+    assert command(line + " --held_out 0.5", tmp_path) == 1
+    assert "expected 32 comparisons or more to learn from" in capsys.readouterr().err
+    assert command(line, tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "50 answers: accuracy" in said and "on 10 held-out comparisons" in said
+    assert "worth it" in said
+    found = json.loads((tmp_path / "learning-curve.json").read_text())
+    assert [point["answers"] for point in found["points"]] == [5, 10, 20, 40]
+    assert found["said"] in said
+    assert (tmp_path / "learning-curve.png").stat().st_size > 5000
+
+
+def test_the_reward_model_says_how_it_agrees_with_whom(own, tmp_path) -> None:  # noqa: F811
+    (tmp_path / "answers.jsonl").write_text(chosen(40))
+    line = f"reward --model {own}/encoder --held_out 0.4 --epochs 1 --feedback"
+    assert command(f"{line} {tmp_path}/answers.jsonl", tmp_path) == 0
+    assert (tmp_path / "calibration.png").stat().st_size > 5000
+    facts = json.loads((tmp_path / "stages" / "reward.json").read_text())
+    groups = facts["reward_model"]["held_out"]["annotators"]
+    assert sum(group["choices"] for group in groups.values()) == 16
+    said = train.people_section(tmp_path)
+    assert said.startswith("## The reward model and people\n\n| annotator |")
+    assert "| ann | " in said and "| ben | " in said and "calibration.png" in said
+    assert "source" not in said  # there is one
+    assert command(f"{line} {own}/feedback.jsonl --overwrite true", tmp_path) == 0
+    assert not (tmp_path / "calibration.png").exists()  # of ratings there is none
+    assert train.people_section(tmp_path) == ""
 
 
 def test_the_page_is_served_and_ends_with_ctrl_c(run, own) -> None:  # noqa: F811
@@ -147,6 +209,36 @@ def test_compare_says_who_wins_and_asks_people_too(run, own, capsys) -> None:  #
     assert found["people"][0] == 0 and found["people"][2:] == [pytest.approx(1 - low), n]
 
 
+def test_equal_completions_are_half_a_win_for_each(run, monkeypatch, capsys) -> None:
+    def samples(common, settings, lm, prompts, n) -> dict[str, list[str]]:
+        texts = [row["prompt"] for row in prompts]
+        return {p: [" is it" if i < 2 else f" {Path(lm).name}"] for i, p in enumerate(texts)}
+
+    class Uneven:  # as in batches of other lengths, equal texts differ by a rounding error
+        def score(self, prompts, completions) -> np.ndarray:
+            self.calls = getattr(self, "calls", 0) + 1
+            return np.array([len(text) for text in completions]) - 1e-6 * self.calls
+
+    monkeypatch.setattr(train, "samples_of", samples)
+    monkeypatch.setattr(reward_models, "load_reward_model", lambda *_: Uneven())
+    (run / "prompts.txt").write_text("".join(f"Film {i}\n" for i in range(8)))
+    line = f"compare {run}/policy {run}/sft --prompts {run}/prompts.txt --ask true"
+    assert command(line, run) == 0
+    assert "2 of the pairs are equal: half a win each" in capsys.readouterr().out
+    with FeedbackStore(run / "compare.sqlite") as store:
+        assert store.count_tasks() == 6
+        for winner in (" policy", " sft", " policy"):
+            asked = store.next_task("ann")
+            store.answer(asked.id, "ann", "left" if asked.shown[0] == winner else "right")
+    assert command(line, run) == 0
+    found = json.loads((run / "compare.json").read_text())
+    assert found["equal"] == 2
+    assert found["win_rate"]["judge"][0] == pytest.approx((6 + 2 / 2) / 8)
+    share, low, high, n = found["win_rate"]["people"]
+    assert share == pytest.approx((6 * 2 / 3 + 2 / 2) / 8) and n == 3  # two of three answers
+    assert 0.125 < low < share < high < 0.875
+
+
 def loop_line(own: Path, rounds: int, people: str) -> str:  # noqa: F811
     return (
         f"loop --rounds {rounds} --comparisons 8 --people {people} "
@@ -187,14 +279,66 @@ def test_simulated_people_can_be_weighed_by_their_agreement(own, tmp_path) -> No
         assert all(store.next_task(f"simulated-{i}") is None for i in (1, 2, 3))
 
 
+def answer_all(run: Path, *people: str) -> None:
+    with FeedbackStore(run / "feedback.sqlite") as store:
+        for person in people:
+            while (asked := store.next_task(person)) is not None:
+                store.answer(asked.id, person, "left")
+
+
 @pytest.mark.slow
 def test_a_loop_waits_for_people(own, tmp_path, capsys) -> None:  # noqa: F811
-    line = loop_line(own, 1, "real")
+    line = loop_line(own, 1, "real") + " --overlap_share 0.25 --overlap_annotators 2"
     assert command(line, tmp_path) == 0
-    assert "0 of 8 comparisons have an answer" in capsys.readouterr().out
+    assert "0 of 8 comparisons have all their answers" in capsys.readouterr().out
+    answer_all(tmp_path, "ann")
+    assert command(line, tmp_path) == 0
+    assert "6 of 8 comparisons have all their answers" in capsys.readouterr().out
     assert not (tmp_path / "round-1" / "reward_model").exists()
-    with FeedbackStore(tmp_path / "feedback.sqlite") as store:
-        while (asked := store.next_task("ann")) is not None:
-            store.answer(asked.id, "ann", "left")
-    assert command(line, tmp_path) == 0
+    answer_all(tmp_path, "ben")
+    assert command("loop --rounds 2", tmp_path) == 0  # the other settings are as they were
+    assert len(read_feedback(tmp_path / "round-1" / "feedback.jsonl")) == 10
     assert (tmp_path / "round-1" / "policy").exists() and (tmp_path / "loop.md").exists()
+    answer_all(tmp_path, "ann")
+    assert command("loop --overlap_annotators 1", tmp_path) == 0  # nobody else is to be had
+    assert (tmp_path / "round-2" / "policy").exists()
+
+
+def test_a_loop_goes_on_with_the_settings_it_began_with(own, tmp_path, capsys, monkeypatch) -> None:  # noqa: F811
+    done = []
+    monkeypatch.setattr(train, "loop", lambda common, settings: done.append(settings))
+    monkeypatch.setitem(train.STAGES, "loop", (train.loop, train.Loop))
+    line = loop_line(own, 1, "simulated")
+    assert command(line + " --ppo.kl_coef 0.1", tmp_path) == 0
+    for made in ("sft", "round-1/asked.json", "round-1/stages/reward.json"):
+        (tmp_path / made).mkdir(parents=True)
+    assert command("loop --ppo.kl_coef 0.2", tmp_path) == 0  # no training has had it yet
+    (tmp_path / "round-1" / "stages" / "ppo.json").touch()
+    config = (tmp_path / "config-loop.yaml").read_text()
+    line = "loop --ppo.kl_coef 0.3 --comparisons 9 --seed 1 --evaluate.n_prompts 9"
+    assert command(line, tmp_path) == 1
+    assert (
+        "where seed is 0, not 1, comparisons is 8, not 9, ppo.kl_coef is 0.2, not 0.3: leave"
+        in capsys.readouterr().err
+    )
+    assert (tmp_path / "config-loop.yaml").read_text() == config
+    assert command("loop --rounds 3 --threads 1", tmp_path) == 0
+    assert [settings.rounds for settings in done] == [1, 1, 3]
+    assert done[2] == replace(done[0], rounds=3, ppo=replace(done[0].ppo, kl_coef=0.2))
+
+
+@pytest.mark.slow
+def test_a_loop_goes_on_in_mid_training(own, tmp_path, monkeypatch, capsys) -> None:  # noqa: F811
+    line = loop_line(own, 1, "simulated") + " --ppo.checkpoint_every 1"
+    with monkeypatch.context() as patch:
+        stop_in(patch, 1)
+        assert command(line, tmp_path) == 143
+    assert f"python train.py loop --run {tmp_path}" in capsys.readouterr().out
+    fitted = tmp_path / "round-1" / "reward_model" / "model.safetensors"
+    written = fitted.stat().st_mtime_ns
+    assert command(line, tmp_path) == 0
+    assert "checkpoints/step-" in capsys.readouterr().out
+    assert fitted.stat().st_mtime_ns == written
+    rows = [json.loads(row) for row in (tmp_path / "round-1" / "metrics.jsonl").open()]
+    assert [row["time/iterations"] for row in rows] == list(range(1, len(rows) + 1))
+    assert (tmp_path / "loop.md").exists()

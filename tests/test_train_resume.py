@@ -77,9 +77,71 @@ def test_a_stopped_run_goes_on_and_is_the_same(own, tmp_path, monkeypatch, capsy
     # a finished run has nothing left to do, unless it is to have more tokens
     assert train.main(["ppo", "--resume", str(b)]) == 1
     assert "is finished, with 256 tokens: expected more" in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="total_timesteps: 256 in the checkpoint, 320 from now"):
-        assert train.main(["ppo", "--resume", str(b), "--total_timesteps", "320"]) == 0
-    assert len(rows(b)) == 5 and json.loads((b / "stages/ppo.json").read_text())["tokens"] == 320
+    with monkeypatch.context() as patch:
+        stop_in(patch, 5)
+        with pytest.warns(UserWarning, match="total_timesteps: 256 in the checkpoint, 384 from"):
+            assert train.main(["ppo", "--resume", str(b), "--total_timesteps", "384"]) == 143
+    assert json.loads((b / "stages/ppo.json").read_text())["tokens"] == 256
+    # stopped once more, it knows how many tokens it is to have
+    assert train.main(["ppo", "--resume", str(b)]) == 0
+    assert len(rows(b)) == 6 and json.loads((b / "stages/ppo.json").read_text())["tokens"] == 384
+    assert rows(b)[:4] == rows(a) and not (b / "ppo.unfinished").exists()
+
+
+def test_a_crash_while_results_are_put_in_place(own, tmp_path, monkeypatch, capsys) -> None:  # noqa: F811
+    run, whole, put = tmp_path / "run", tmp_path / "whole", train.put_in_place
+    assert train.main(line(own, whole, total_timesteps=128)) == 0
+
+    def crash_at(name: str):
+        def crash(new: Path, place: Path) -> None:
+            if place.name == name:
+                raise KeyboardInterrupt
+            put(new, place)
+
+        return crash
+
+    began = line(own, run, total_timesteps=128)
+    for name in ("policy", "samples.jsonl", "checkpoints"):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "put_in_place", crash_at(name))
+            assert train.main(began) == 130
+        began = ["ppo", "--resume", str(run)]
+    assert not (run / "stages/ppo.json").exists()
+    with monkeypatch.context() as patch:  # behind the last of them
+        patch.setattr(train, "peak_memory", lambda: 1 / 0)
+        assert train.main(began) == 1
+    assert train.main(began) == 0
+    assert repr(rows(run)) == repr(rows(whole))
+    made = ("samples.jsonl", "doctor.jsonl", "policy/model.safetensors")
+    for name in made:
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    facts = [json.loads((folder / "stages/ppo.json").read_text()) for folder in (run, whole)]
+    assert facts[0].keys() == facts[1].keys() and facts[0]["tokens"] == facts[1]["tokens"]
+    assert not (run / "ppo.unfinished").exists()
+    assert train.main(began) == 1
+    assert "is finished, with 128 tokens: expected more" in capsys.readouterr().err
+
+
+def test_settings_asked_for_are_not_taken_for_defaults(own, tmp_path, monkeypatch, capsys) -> None:  # noqa: F811
+    run, default = tmp_path / "run", train.PPO()
+    changes = {"total_timesteps": 128, "stop_on": "[kl_runaway]"}
+    with monkeypatch.context() as patch:
+        stop_in(patch, 1)
+        assert train.main(line(own, run, **changes)) == 143
+    # 128 rows is the default, but not what the run began with
+    assert train.main(["ppo", "--resume", str(run), "--n_envs", str(default.n_envs)]) == 1
+    assert "began with, where n_envs is 4, not 128" in capsys.readouterr().err
+    assert train.main(["ppo", "--resume", str(run), "--total_timesteps", "64"]) == 1
+    assert "is stopped, with 64 tokens: expected more" in capsys.readouterr().err
+    prompts = own / "prompts.txt"
+    before = prompts.read_text()
+    prompts.write_text(before.replace("made", "wrote"))
+    assert train.main(["ppo", "--resume", str(run)]) == 1
+    assert "another run; prompts of prompts.txt: " in capsys.readouterr().err
+    prompts.write_text(before)
+    assert train.main(["ppo", "--resume", str(run), "--stop_on=[]"]) == 0
+    began = json.loads((run / "checkpoints/settings.json").read_text())["ppo"]
+    assert began["stop_on"] == [] and began["total_timesteps"] == 128
 
 
 @pytest.mark.slow
@@ -102,15 +164,14 @@ def test_the_doctor_of_a_stopped_run_goes_on(own, tmp_path, monkeypatch) -> None
 
 
 @pytest.mark.slow
-def test_a_run_that_the_doctor_stopped_can_go_on(own, tmp_path, capsys) -> None:  # noqa: F811
+def test_a_run_that_the_doctor_stopped_can_go_on(own, tmp_path) -> None:  # noqa: F811
     run, stop_on = tmp_path / "run", "--stop_on=[eos_gone,constant_score,clip_fraction_zero]"
     settings = {"total_timesteps": 1024, "learning_rate": 0.0, "n_envs": 8}
     assert train.main([*line(own, run, **settings), stop_on]) == 0
     stopped_at = json.loads((run / "stages/ppo.json").read_text())["tokens"]
     assert stopped_at < 1024
-    assert train.main(["ppo", "--resume", str(run), "--stop_on=[judge_falls]"]) == 1
-    assert "began with, where stop_on is [" in capsys.readouterr().err
-    assert train.main(["ppo", "--resume", str(run)]) == 0
+    assert train.main(["ppo", "--resume", str(run), "--stop_on=[judge_falls]"]) == 0
+    assert json.loads((run / "stages/ppo.json").read_text())["tokens"] == 1024
     assert stopped_at < json.loads((run / "stages/ppo.json").read_text())["tokens"]
 
 

@@ -50,6 +50,9 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
     ## Rewards
     0 at each token but the last. At the last one the score, less `missing_eos_penalty` if the
     budget ran out. (With several turns: less that at the last token of each turn that ran out.)
+    Where the reward function scores each token, the score is their sum, and it is still paid at the
+    end: only then is the function asked. `token_scores` in the information lets an agent divide it
+    up, as TokenPPO does.
 
     ## Episode End
     Always with `terminated=True`, and a `finish_reason`:
@@ -69,7 +72,8 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
     included), and the prompt's further columns under their own names. With several turns also
     `messages`, the whole conversation, and `n_turns`, the agent's part of it; `completion` is what
     the agent said in all turns, a line break between them, `n_tokens` what it wrote in all turns,
-    and `finish_reason` the last turn's.
+    and `finish_reason` the last turn's. Also `token_scores`, a list of `n_tokens` numbers whose sum
+    is the score, where the reward function gave such.
 
     ## Arguments
     - `tokenizer`: a transformers tokenizer, or the folder or hub id of one.
@@ -79,8 +83,10 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
       conversation: its part before the first answer is the prompt, and what the user says later
       the column `turns`.
     - `reward_fn`: called as `reward_fn(prompts=[...], completions=[...], **columns)`, gives one
-      number per completion (see `text_env.RewardFunction`); or its place, "module:name". With
-      several turns prompts and completions are lists of messages, as in TRL.
+      number per completion (see `text_env.RewardFunction`); or its place, "module:name". If its
+      signature names `completion_ids` or `completion_pieces` (the text that each token adds), it is
+      given these and may give a list per completion, one number per token, end token included; not
+      with several turns, where prompts and completions are lists of messages, as in TRL.
     - `max_new_tokens=48`: longest completion (or turn), in tokens, end token included.
     - `user_fn=None`: called as `user_fn(conversations, **columns)` where turns have ended, gives
       what the users say next, None to end (see `text_env.turns.UserFunction`); or its place.

@@ -13,7 +13,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.utils import seeding
 
 from text_env.prompts import FixedOrder, Message, Prompt, PromptOrder, ShuffledOrder
-from text_env.scoring import score
+from text_env.scoring import TOKENS, score
 from text_env.task import TextTask
 
 PADDING = -1
@@ -325,20 +325,38 @@ class Episodes:
                 }
                 for prompt, messages in zip(prompts, said, strict=True)
             ]
-        scores = score(self.task.reward_fn, *scored, columns, self.task.allow_nonfinite)
-        n_tokens = self.written[rows] + self.lengths[rows] - self.starts[rows]
+        n_tokens = (self.written[rows] + self.lengths[rows] - self.starts[rows]).tolist()
+        for name in self.task.asked_for:
+            columns[name] = self._tokens(name, rows, texts)
+        scores = score(
+            self.task.reward_fn,
+            *scored,
+            columns,
+            n_tokens if self.task.asked_for else None,
+            self.task.allow_nonfinite,
+        )
         return {
             int(row): {
                 "prompt": prompts[i].text,
                 "completion": texts[i],
-                "score": scores[i],
+                **_scores_in_info(scores[i]),
                 "finish_reason": FINISH_REASONS[reasons[i]],
-                "n_tokens": int(n_tokens[i]),
+                "n_tokens": n_tokens[i],
                 **conversations[i],
                 **copy.deepcopy(prompts[i].columns),  # users keep and change infos
             }
             for i, row in enumerate(rows)
         }
+
+    def _tokens(self, name: str, rows: np.ndarray, completions: list[str]) -> list[Any]:
+        """What a reward function has asked for, one of `TOKENS`."""
+        ids = [self.ids[row, self.starts[row] : self.lengths[row]] for row in rows]
+        if name == TOKENS[0]:
+            return [row_ids.tolist() for row_ids in ids]
+        return [
+            self.task.vocabulary.pieces(self._prompt(row).ids, row_ids, completion)
+            for row, row_ids, completion in zip(rows, ids, completions, strict=True)
+        ]
 
     def _completion(self, row: int, reason: int) -> str:
         text = self._text(row, without_last=reason == _EOS)
@@ -361,7 +379,7 @@ class Episodes:
         """Everything that changes, as JSON types (if the columns of a given prompt are)."""
         return {
             "prompts": self.task.prompts.fingerprint(),
-            "rules": self.task.rules(),
+            "rules": self._rules(),
             "started": self._started,
             "rows": [self._row_state(row) for row in range(self.num_rows)],
         }
@@ -377,7 +395,7 @@ class Episodes:
             raise ValueError(f"state: expected {self.num_rows} rows, got {len(rows)}")
         if state["prompts"] != self.task.prompts.fingerprint():
             raise ValueError("state: expected one of the same prompts and tokenizer, got another's")
-        rules = self.task.rules()
+        rules = self._rules()
         if other := [k for k, v in rules.items() if state["rules"].get(k) != v]:
             there = {name: state["rules"].get(name) for name in other}
             here = {name: rules[name] for name in other}
@@ -387,6 +405,9 @@ class Episodes:
         self._started = state["started"]
         for row, row_state in enumerate(rows):
             self._set_row_state(row, row_state)
+
+    def _rules(self) -> dict[str, Any]:
+        return {**self.task.rules(), "group_size": self.group_size}
 
     def _row_state(self, row: int) -> dict[str, Any]:
         generator, order, prompt = self._generators[row], self._orders[row], self._prompts[row]
@@ -433,6 +454,12 @@ class Episodes:
         ids = np.array(state["ids"], dtype=np.int64)
         columns, messages = dict(state["columns"]), state.get("messages")
         return Prompt(state["text"], ids, columns, None, messages)
+
+
+def _scores_in_info(value: float | list[float]) -> dict[str, Any]:
+    if isinstance(value, list):
+        return {"score": sum(value), "token_scores": value}
+    return {"score": value}
 
 
 def _prompt_state(prompt: Prompt) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Leaves out everything that happens after the prompt (`episodes`) and the vocabul
 
 import csv
 import hashlib
+import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +24,16 @@ Record = dict[str, Any]
 Message = dict[str, Any]
 """A chat message: {"role", "content"}."""
 
+Example = str | tuple[str, str] | list[Message]
+"""What a warm start learns from: a text, prompt and completion, or a conversation."""
+
 TURNS = "turns"
 """The column of what the user says after each of the assistant's answers, a list of texts."""
 
 RESERVED_COLUMNS = frozenset(
     {
         *("prompt", "prompts", "completion", "completions", "score", "finish_reason", "n_tokens"),
+        "token_scores",
         *("episode", "terminal_observation", "TimeLimit.truncated", "final_obs", "final_info"),
     }
 )
@@ -135,10 +140,15 @@ class PromptSet:
         return Prompt(texts[0], row, _columns(record), None, messages)
 
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that change when a prompt or its tokens change."""
+        """Sixteen hexadecimal digits that change when a prompt, its tokens or columns change.
+
+        Of a column's values only what JSON can hold counts.
+        """
         digest = hashlib.sha256()
-        for text, ids in zip(self._texts, self._ids, strict=True):
-            digest.update(f"{len(text)}:{text}:{len(ids)}:".encode("utf-8", "surrogatepass"))
+        for text, ids, columns in zip(self._texts, self._ids, self._columns, strict=True):
+            further = json.dumps(sorted(columns.items()), skipkeys=True, default=lambda value: None)
+            head = f"{len(text)}:{text}:{len(ids)}:{len(further)}:{further}"
+            digest.update(head.encode("utf-8", "surrogatepass"))
             digest.update(ids.tobytes())
         if TURNS in self.column_names:
             turns = [columns[TURNS] for columns in self._columns]
@@ -331,68 +341,76 @@ def load_prompts(
     return records
 
 
-def load_texts(path: str | Path, refused: list[str] | None = None) -> list[str]:
-    """Read whole texts, to learn the language from.
+def load_examples(path: str | Path, refused: list[str] | None = None) -> list[Example]:
+    """Read what is to be learned: whole texts, completions of prompts, or conversations' answers.
 
     Args:
-        path: A `.txt` (one text per line), or a `.jsonl` or `.csv` whose lines have the key
-            `text`, or `prompt` and `completion`, which are joined.
+        path: A `.txt` (one text per line), or a `.jsonl` or `.csv` whose lines have the key `text`;
+            or `prompt` and `completion`; or `prompt` and `reference`, a text or a list whose first
+            one is taken. A completion stands right behind its prompt: blanks between are its own.
+            A line of a `.jsonl` may have the key `messages`: a conversation with an answer.
         refused: As for `load_prompts`.
+
+    Returns:
+        Texts, pairs of prompt and completion, and lists of messages.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: No text, or a malformed one (named by file and line).
     """
-    texts = []
+    examples: list[Example] = []
     for place, item in _read_file(Path(path), refused):
-        try:
-            texts.append(_whole_text(item, place))
-        except ValueError as error:
-            refuse(str(error), refused, error)
-    if not texts:
-        raise ValueError(f"expected at least one text, got none from the file {path}")
-    return texts
-
-
-def load_examples(path: str | Path) -> list[str | list[Message]]:
-    """Read what a warm start is to learn from: whole texts as in `load_texts`, or conversations.
-
-    Args:
-        path: As for `load_texts`; a line of a `.jsonl` may have the key `messages` instead, a
-            conversation with an answer at least.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Nothing, or something malformed (named by file and line).
-    """
-    examples: list[str | list[Message]] = []
-    for place, item in _read_file(Path(path)):
-        if not isinstance(item, Mapping) or "messages" not in item:
-            examples.append(_whole_text(item, place))
+        if isinstance(item, Mapping) and "messages" in item:
+            try:
+                examples.append(_conversation(item, place))
+            except ValueError as error:
+                refuse(str(error), refused, error)
             continue
-        _from_conversation(item, place)  # is it one?
-        messages = [dict(message) for message in item["messages"]]
-        if all(message["role"] != "assistant" for message in messages):
-            raise ValueError(f"{place}: expected an answer in the conversation, got none")
-        examples.append(messages)
+        example = _example(item)
+        if example is None or not "".join(example).strip():
+            refuse(
+                f'{place}: expected a text, or the key "text", or "prompt" and "completion" or '
+                f'"reference", got {_shown(item)}',
+                refused,
+            )
+            continue
+        examples.append(example)
     if not examples:
         raise ValueError(f"expected at least one text, got none from the file {path}")
     return examples
 
 
-def _whole_text(item: Any, place: str) -> str:
-    parts = [item]
-    if isinstance(item, Mapping):
-        parts = [item.get("text")]
-        if "text" not in item and "completion" in item:
-            parts = [item.get("prompt", ""), item["completion"]]
-    text = "".join(part for part in parts if isinstance(part, str))
-    if not all(isinstance(part, str) for part in parts) or not text.strip():
-        raise ValueError(
-            f'{place}: expected a text, or the key "text", or "prompt" and "completion", '
-            f"got {_shown(item)}"
-        )
-    return text
+def load_texts(path: str | Path, refused: list[str] | None = None) -> list[str]:
+    """Read whole texts: as `load_examples`, joined by `whole_text`."""
+    return [whole_text(example) for example in load_examples(path, refused)]
+
+
+def whole_text(example: Example) -> str:
+    """Return prompt and completion joined, or what is said in a conversation, a line a message."""
+    if isinstance(example, list):
+        return "\n".join(str(message["content"]) for message in example)
+    return "".join(example)
+
+
+def _conversation(item: Mapping[str, Any], place: str) -> list[Message]:
+    _from_conversation(item, place)  # is it one?
+    messages = [dict(message) for message in item["messages"]]
+    if all(message["role"] != "assistant" for message in messages):
+        raise ValueError(f"{place}: expected an answer in the conversation, got none")
+    return messages
+
+
+def _example(item: Any) -> str | tuple[str, str] | None:
+    if not isinstance(item, Mapping):
+        return item if isinstance(item, str) else None
+    if "text" in item:
+        return item["text"] if isinstance(item["text"], str) else None
+    completion = item.get("completion", item.get("reference"))
+    if "completion" not in item and isinstance(completion, list) and completion:
+        completion = completion[0]
+    prompt = item.get("prompt", "" if "completion" in item else None)
+    pair = (prompt, completion)
+    return pair if isinstance(prompt, str) and isinstance(completion, str) else None
 
 
 def split_by_hash(texts: Iterable[str], fractions: Mapping[str, float]) -> dict[str, list[str]]:

@@ -149,10 +149,18 @@ class TextVecEnv(VecEnv):
 
     def get_state(self) -> dict[str, Any]:
         """The state of all rows as JSON types."""
-        return self.episodes.get_state()
+        return {**self.episodes.get_state(), "autoreset": self.autoreset}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from `get_state`, in an environment made with the same arguments."""
+        """Go on from `get_state`, in an environment made with the same arguments.
+
+        Raises:
+            ValueError: The state is of other arguments.
+        """
+        if state["autoreset"] != self.autoreset:
+            raise ValueError(
+                f"state: expected one of autoreset={self.autoreset}, got {state['autoreset']}"
+            )
         self.episodes.set_state(state)
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:

@@ -1,9 +1,11 @@
 """The border to the reward: one callable, batched, text in, one score per completion out.
 
-Leaves out every reward itself, and when a score is paid (`episodes`).
+Or, from a function that asks for the tokens, one score per token. Leaves out every reward itself,
+and when a score is paid (`episodes`).
 """
 
 import importlib
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -26,12 +28,30 @@ class RewardFunction(Protocol):
             completions: B completions, texts without prompt, end token, and stop text. Where
                 episodes have several turns: B lists of chat messages, the assistant's and the
                 user's in turn, from the first answer to the last.
-            **columns: The prompts' further columns, B values each.
+            **columns: The prompts' further columns, B values each. A function whose signature
+                names one of `TOKENS` is given that too, where episodes have one turn.
 
         Returns:
-            B finite numbers, higher is better.
+            B finite numbers, higher is better; or, for a completion, a list of one number per
+            token, the end token included, whose sum is the score.
         """
         ...
+
+
+TOKENS = ("completion_ids", "completion_pieces")
+"""What a reward function is told about tokens if its signature names it, or its `asks_for`: lists
+of ids, as TRL gives them, or of what each token adds to the text; the end token included."""
+
+
+def asked_for(reward_fn: RewardFunction) -> set[str]:
+    """Which of `TOKENS` a reward function asks for, by its `asks_for` or its signature."""
+    named = getattr(reward_fn, "asks_for", None)
+    if named is None:
+        try:
+            named = inspect.signature(reward_fn).parameters
+        except (TypeError, ValueError):  # some callables of C code have none
+            return set()
+    return set(TOKENS) & set(named)
 
 
 def load_function(function: Any, name: str) -> Callable[..., Any]:
@@ -72,8 +92,9 @@ def score(
     prompts: list[Any],
     completions: list[Any],
     columns: dict[str, list[Any]],
+    n_tokens: list[int] | None = None,
     allow_nonfinite: bool = False,
-) -> list[float]:
+) -> list[float | list[float]]:
     """Call the reward function once and check its answer.
 
     Args:
@@ -81,11 +102,17 @@ def score(
         prompts: B prompts, texts or chat messages.
         completions: B completions, as the prompts.
         columns: Further columns, B values each.
+        n_tokens: Tokens of each completion, if the function was told of them: it may give a list
+            of as many numbers then.
         allow_nonfinite: Hand NaN and infinity on, to an agent that leaves such episodes out.
+
+    Returns:
+        B scores; lists of one per token where the function gave such.
 
     Raises:
         RewardError: The function raised an error.
-        ValueError: Not one finite number per completion. Either message names the prompt.
+        ValueError: Not one finite number per completion, or per token of one. Either message names
+            the prompt.
     """
     first = f"first of {len(prompts)} prompts {_shown(prompts[0])}"
     try:
@@ -95,8 +122,8 @@ def score(
         raise RewardError(
             f"reward_fn: {name} raised {type(error).__name__}: {error} ({first})"
         ) from error
-    values = answer.tolist() if hasattr(answer, "tolist") else answer  # arrays and tensors
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+    values = _plain(answer)
+    if not _is_list(values):
         raise ValueError(
             f"reward_fn: expected a sequence of {len(prompts)} numbers, "
             f"got {type(answer).__name__} ({first})"
@@ -106,14 +133,38 @@ def score(
             f"reward_fn: expected {len(prompts)} scores, one per completion, got {len(values)} "
             f"({first})"
         )
-    scores = [value.item() if hasattr(value, "item") else value for value in values]
-    for value, prompt, completion in zip(scores, prompts, completions, strict=True):
-        if not isinstance(value, numbers.Real) or not (_is_float32(value) or allow_nonfinite):
+    scores: list[float | list[float]] = []
+    for i, value in enumerate(map(_plain, values)):
+        place = f"for the completion {_shown(completions[i])} of the prompt {_shown(prompts[i])}"
+        if n_tokens is None or not _is_list(value):
+            scores.append(_checked(value, place, allow_nonfinite))
+            continue
+        if len(value) != n_tokens[i]:
             raise ValueError(
-                f"reward_fn: expected a finite number, got {shorten(repr(value))[1:-1]} for the "
-                f"completion {_shown(completion)} of the prompt {_shown(prompt)}"
+                f"reward_fn: expected a number, or {n_tokens[i]}, one per token, got {len(value)} "
+                f"{place}"
             )
-    return [float(value) if _is_float32(value) else _infinite(value) for value in scores]
+        parts = [_checked(_plain(part), place, allow_nonfinite) for part in value]
+        _checked(sum(parts), place, allow_nonfinite)
+        scores.append(parts)
+    return scores
+
+
+def _plain(value: Any) -> Any:
+    """A value without its array or tensor."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _checked(value: Any, place: str, allow_nonfinite: bool) -> float:
+    if not isinstance(value, numbers.Real) or not (_is_float32(value) or allow_nonfinite):
+        raise ValueError(
+            f"reward_fn: expected a finite number, got {shorten(repr(value))[1:-1]} {place}"
+        )
+    return float(value) if _is_float32(value) else _infinite(value)
 
 
 def _shown(text: Any) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium import spaces
 
 from text_env.prompts import PromptSet, beginning, shorten
-from text_env.scoring import RewardFunction, load_reward
+from text_env.scoring import RewardFunction, asked_for, load_reward
 from text_env.turns import UserFunction, UserTurns
 from text_env.vocabulary import Vocabulary, fingerprint, load_tokenizer
 
@@ -32,6 +32,7 @@ class TextTask:
         vocabulary: What its ids mean: allowed, ending, text.
         prompts: The prompt set.
         reward_fn: Scores finished completions, in batches.
+        asked_for: What it asks to be told about tokens, of `scoring.TOKENS`.
         user: Speaks between the assistant's turns; None where episodes have one.
         max_episode_tokens: Tokens that an agent can write in one episode, in all of its turns.
         observation_space: `Box(-1, V - 1, (L,))`: room for the longest prompt and all turns.
@@ -111,6 +112,12 @@ class TextTask:
                 '"turns", got neither: each episode has one turn'
             )
         self.reward_fn = load_reward(reward_fn)
+        self.asked_for = asked_for(self.reward_fn) - {*self.prompts.column_names}
+        if self.asked_for and self.user is not None:
+            raise ValueError(
+                f"reward_fn: expected one that scores conversations, got one that asks for "
+                f"{sorted(self.asked_for)}, which only episodes of one turn have"
+            )
         self.allow_nonfinite = nonfinite_scores == "pass"
         self.max_prompt_tokens = self.prompts.max_tokens
         self.max_new_tokens = max_new_tokens
@@ -139,10 +146,13 @@ class TextTask:
         return {
             "tokenizer": fingerprint(self.tokenizer),
             "allowed tokens": hashlib.sha256(allowed.tobytes()).hexdigest()[:16],
+            "end tokens": np.flatnonzero(self.vocabulary.is_eos).tolist(),
+            "skip_special_tokens": self.vocabulary.skip_special_tokens,
             "stop": list(self.vocabulary.stop),
             "max_new_tokens": self.max_new_tokens,
             "min_new_tokens": self.min_new_tokens,
             "missing_eos_penalty": self.missing_eos_penalty,
+            "nonfinite_scores": "pass" if self.allow_nonfinite else "error",
             "shuffle": self.shuffle,
             **turns,
         }

@@ -97,6 +97,28 @@ class Vocabulary:
         # together with the prompt's last byte tokens. No leading space is at stake.
         return self.decode(completion_ids)
 
+    def pieces(
+        self, prompt_ids: np.ndarray, completion_ids: np.ndarray, completion: str
+    ) -> list[str]:
+        """What each token of a completion adds to its text; together they are the text.
+
+        A token that ends within a character adds nothing: the one that completes it adds it. So do
+        end tokens, and those of a stop text add nothing that has been cut off.
+        """
+        sofar, pieces = "", []
+        for end in range(1, len(completion_ids) + 1):
+            text = self.completion_text(prompt_ids, completion_ids[:end]).rstrip(REPLACEMENT)
+            if text.startswith(completion):
+                text = completion  # the rest is an end token's, or has been cut off
+            if len(text) > len(sofar) and completion.startswith(text):
+                pieces.append(text[len(sofar) :])
+                sofar = text
+            else:
+                pieces.append("")
+        if pieces:
+            pieces[-1] += completion[len(sofar) :]
+        return pieces
+
     def find_stop(self, text: str) -> int:
         """Where the first stop text begins, or -1."""
         found = [place for place in map(text.find, self.stop) if place >= 0]

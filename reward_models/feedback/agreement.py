@@ -119,6 +119,24 @@ def win_rates(answers: Iterable[Answer]) -> list[WinRate]:
     ]
 
 
+def with_equal_pairs(rate: Share, equal: int, pairs: int) -> Share:
+    """A win rate among pairs of which some are equal, which people are not asked: half a win each.
+
+    Args:
+        rate: of the tasks that people answered, a sample of the pairs that differ.
+        equal: number of equal pairs.
+        pairs: number of all pairs.
+
+    Returns:
+        The rate among all of them; its `n` is still the number of tasks answered.
+    """
+    if equal == pairs:
+        return Share(0.5, 0.5, 0.5, rate.n)
+    differ = 1 - equal / pairs
+    share, low, high = (differ * value + (1 - differ) / 2 for value in rate[:3])
+    return Share(share, low, high, rate.n)
+
+
 def position_bias(answers: Iterable[Answer]) -> Share:
     """Share of the comparisons, ties left out, in which the left one was chosen; 0.5 is fair.
 

@@ -7,6 +7,7 @@ same seed gives the same order whatever the number of processes and restarts.
 import math
 import random
 import sqlite3
+from collections import Counter
 
 _OPEN_TO = """
     FROM tasks
@@ -72,6 +73,36 @@ def count_left(connection: sqlite3.Connection, annotator: str, live_since: float
         f"SELECT count(*) {_OPEN_TO}",
         {"annotator": annotator, "gold": _only_gold(connection), "live_since": live_since},
     ).fetchone()[0]
+
+
+def count_open(connection: sqlite3.Connection, origin: str, most: int) -> tuple[int, int]:
+    """How many tasks there are from an origin, and how many of them still lack an answer.
+
+    A task lacks one until as many people as wanted, `most` at most, have answered. If some of them
+    have passed it over, it waits for those who are at work on this origin's tasks, and then no
+    longer.
+    """
+    done: dict[int, set[str]] = {}
+    answers: Counter[int] = Counter()
+    wanted: dict[int, int] = {}
+    for row in connection.execute(
+        "SELECT tasks.id, wanted, annotator, answer IS NOT NULL AS answered FROM tasks "
+        "LEFT JOIN assignments ON task = tasks.id AND done IS NOT NULL WHERE wanted > 0 "
+        "AND EXISTS (SELECT 1 FROM json_each(origins) WHERE value = ?)",
+        (origin,),
+    ):
+        wanted[row["id"]] = min(row["wanted"], most)
+        done.setdefault(row["id"], set())
+        if row["annotator"] is not None:
+            done[row["id"]].add(row["annotator"])
+            answers[row["id"]] += row["answered"]
+    people = set().union(*done.values())
+    lacking = [
+        task
+        for task, enough in wanted.items()
+        if answers[task] < enough and (len(done[task]) < enough or people - done[task])
+    ]
+    return len(wanted), len(lacking)
 
 
 def is_shown_swapped(seed: int, digest: str, annotator: str) -> bool:

@@ -47,20 +47,33 @@ def insert_task(connection: sqlite3.Connection, task: Task, wanted: int, seed: i
 def find_or_insert_task(connection: sqlite3.Connection, task: Task, seed: int) -> int:
     """The task with these texts and an origin that is exported alike, or a new one."""
     for row in connection.execute("SELECT * FROM tasks WHERE digest = ?", (_digest(task),)):
-        if joint_origin(_as_task(row)) == joint_origin(task):
+        if joint_origin(as_task(row)) == joint_origin(task):
             return row["id"]
     return insert_task(connection, task, wanted=0, seed=seed)
 
 
+def as_task(row: sqlite3.Row) -> Task:
+    """A task as it is kept."""
+    return Task(
+        kind=row["kind"],
+        prompt=row["prompt"],
+        completions=tuple(json.loads(row["completions"])),
+        origins=tuple(json.loads(row["origins"])),
+        scale=tuple(json.loads(row["scale"])),
+        gold=None if row["gold"] is None else json.loads(row["gold"]),
+        uncertainty=row["uncertainty"],
+    )
+
+
 def as_assignment(row: sqlite3.Row) -> Assignment:
     """What `open_row` found."""
-    return Assignment(row["assignment"], _as_task(row), row["annotator"], bool(row["swapped"]))
+    return Assignment(row["assignment"], as_task(row), row["annotator"], bool(row["swapped"]))
 
 
 def as_answer(row: sqlite3.Row, tasks: dict[int, Task]) -> Answer:
     """An answer with its task, which is made once for all its answers and kept in `tasks`."""
     if row["task"] not in tasks:
-        tasks[row["task"]] = _as_task(row)
+        tasks[row["task"]] = as_task(row)
     return Answer(
         task_id=row["task"],
         task=tasks[row["task"]],
@@ -138,15 +151,3 @@ def check_annotator(annotator: object) -> None:
 def _digest(task: Task) -> str:
     question = (task.kind, task.prompt, task.completions, task.scale)
     return hashlib.sha256(to_json(question).encode()).hexdigest()
-
-
-def _as_task(row: sqlite3.Row) -> Task:
-    return Task(
-        kind=row["kind"],
-        prompt=row["prompt"],
-        completions=tuple(json.loads(row["completions"])),
-        origins=tuple(json.loads(row["origins"])),
-        scale=tuple(json.loads(row["scale"])),
-        gold=None if row["gold"] is None else json.loads(row["gold"]),
-        uncertainty=row["uncertainty"],
-    )

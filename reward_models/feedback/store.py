@@ -10,6 +10,7 @@ from reward_models.feedback.accounts import account_name
 from reward_models.feedback.assignment import (
     choose_task,
     count_left,
+    count_open,
     draw_overlap,
     is_open_to,
     is_shown_swapped,
@@ -21,6 +22,7 @@ from reward_models.feedback.records import Feedback
 from reward_models.feedback.rows import (
     as_answer,
     as_assignment,
+    as_task,
     check_annotator,
     finish,
     insert_task,
@@ -246,6 +248,26 @@ class FeedbackStore:
         """How many tasks there are, those that came in with their answers not counted."""
         with self._database.reading() as connection:
             return connection.execute("SELECT count(*) FROM tasks WHERE wanted > 0").fetchone()[0]
+
+    def count_open(self, origin: str, most: int) -> tuple[int, int]:
+        """How many tasks there are from an origin, and how many of them still lack an answer.
+
+        Args:
+            origin: of a completion of the task.
+            most: answers that a task waits for, even where more are wanted. One that has been
+                passed over waits for whoever else has worked on the origin's tasks.
+        """
+        with self._database.reading() as connection:
+            return count_open(connection, origin, most)
+
+    def unanswered(self) -> list[Task]:
+        """Tasks that lack an answer still, in no particular order."""
+        with self._database.reading() as connection:
+            rows = connection.execute(
+                "SELECT * FROM tasks WHERE wanted > (SELECT count(answer) FROM assignments "
+                "WHERE task = tasks.id)"
+            ).fetchall()
+        return [as_task(row) for row in rows]
 
     def answers(self) -> list[Answer]:
         """Every answer, the oldest first; skipped tasks are not among them."""

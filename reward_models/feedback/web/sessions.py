@@ -12,13 +12,14 @@ from typing import Annotated, NamedTuple
 
 from fastapi import APIRouter, Depends, Form, Request
 from fastapi.responses import RedirectResponse, Response
+from starlette.datastructures import URL
 
 from reward_models.feedback.accounts import Account, Accounts, account_name
 from reward_models.feedback.web.rendering import Refusal, page
 from reward_models.feedback.web.throttle import Throttle
 
-SESSION_COOKIE = "feedback_session"
-VISIT_COOKIE = "feedback_visit"
+SESSION = "feedback_session"
+VISIT = "feedback_visit"
 SESSION_SECONDS = 30 * 86400
 
 router = APIRouter()
@@ -48,6 +49,16 @@ class SignedOut(Exception):
         self.expired = expired
 
 
+def cookie_name(url: URL, kind: str) -> str:
+    """What a cookie is called at the port that a page is called up at.
+
+    Browsers keep a host's cookies for all of its ports: two pages would sign each other out. With
+    TLS the prefix has them keep out what was set without (RFC 6265bis, 4.1.3.2).
+    """
+    secure = url.scheme == "https"
+    return f"{'__Host-' if secure else ''}{kind}_{url.port or (443 if secure else 80)}"
+
+
 def form_token(cookie: str) -> str:
     """What a form must carry to belong to the cookie."""
     return hashlib.sha256(f"form of {cookie}".encode("utf-8", "surrogatepass")).hexdigest()
@@ -59,7 +70,7 @@ def visitor(request: Request) -> Visit:
     Raises:
         SignedOut: if nobody is.
     """
-    session = request.cookies.get(SESSION_COOKIE)
+    session = _cookie(request, SESSION)
     account = _accounts(request).session(session) if session else None
     if not session or account is None:
         raise SignedOut(expired=bool(session))
@@ -90,12 +101,12 @@ def sign_in_page(
         name: what was typed before.
         wait: seconds until another attempt is taken.
     """
-    visit = request.cookies.get(VISIT_COOKIE) or secrets.token_urlsafe(32)
+    visit = _cookie(request, VISIT) or secrets.token_urlsafe(32)
     headers = {"Retry-After": str(math.ceil(wait))} if wait else {}
     response = page(
         "sign_in.html", status, headers, token=form_token(visit), error=error, name=name
     )
-    _set_cookie(request, response, VISIT_COOKIE, visit)
+    _set_cookie(request, response, VISIT, visit)
     return response
 
 
@@ -113,12 +124,12 @@ def sign_in(
     token: Annotated[str, Form()] = "",
 ) -> Response:
     """Begin a session if the password is right."""
-    visit = request.cookies.get(VISIT_COOKIE)
+    visit = _cookie(request, VISIT)
     if not visit or not _same(token, form_token(visit)):
         return sign_in_page(request, 403, "That form was out of date. Please sign in again.", name)
     throttle: Throttle = request.app.state.throttle
-    who = account_name(name)
-    wait = throttle.attempt(who)
+    who, where = account_name(name), request.client.host if request.client else ""
+    wait = throttle.attempt(who, where)
     if wait:
         error = f"Too many attempts. Please try again in {math.ceil(wait)} seconds."
         return sign_in_page(request, 429, error, name, wait)
@@ -126,12 +137,12 @@ def sign_in(
     account = accounts.verify(name, password)
     if account is None:
         return sign_in_page(request, 401, "Name and password do not belong together.", name)
-    throttle.succeeded(who)
+    throttle.succeeded(who, where)
     _end_session(request)
     response = RedirectResponse("/", status_code=303)
     session = accounts.start_session(account, SESSION_SECONDS)
-    _set_cookie(request, response, SESSION_COOKIE, session, SESSION_SECONDS)
-    response.delete_cookie(VISIT_COOKIE)
+    _set_cookie(request, response, SESSION, session, SESSION_SECONDS)
+    _set_cookie(request, response, VISIT, "", 0)
     return response
 
 
@@ -140,7 +151,7 @@ def sign_out(request: Request, visit: Annotated[Visit, Depends(poster)]) -> Resp
     """End the session."""
     _end_session(request)
     response = RedirectResponse("/sign-in", status_code=303)
-    response.delete_cookie(SESSION_COOKIE)
+    _set_cookie(request, response, SESSION, "", 0)
     return response
 
 
@@ -150,17 +161,27 @@ def _accounts(request: Request) -> Accounts:
 
 
 def _end_session(request: Request) -> None:
-    session = request.cookies.get(SESSION_COOKIE)
+    session = _cookie(request, SESSION)
     if session:
         _accounts(request).end_session(session)
 
 
+def _cookie(request: Request, kind: str) -> str | None:
+    return request.cookies.get(cookie_name(request.url, kind))
+
+
 def _set_cookie(
-    request: Request, response: Response, name: str, value: str, seconds: int | None = None
+    request: Request, response: Response, kind: str, value: str, seconds: int | None = None
 ) -> None:
-    secure = request.url.scheme == "https"
+    """Set a cookie for this host alone, until the browser is closed if no seconds are given."""
     response.set_cookie(
-        name, value, seconds, path="/", secure=secure, httponly=True, samesite="strict"
+        cookie_name(request.url, kind),
+        value,
+        seconds,
+        path="/",
+        secure=request.url.scheme == "https",
+        httponly=True,
+        samesite="strict",
     )
 
 

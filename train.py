@@ -546,14 +546,14 @@ def sft(common: Common, settings: SFT) -> None:
     from agents.saving import replaced_folder
     from agents.sft import warm_start
     from text_env.own_tokenizer import learn_tokenizer
-    from text_env.prompts import load_examples
+    from text_env.prompts import load_examples, whole_text
     from text_env.vocabulary import load_tokenizer
 
     with stage(common, "sft") as (facts, made):
         texts = load_examples(settings.texts or data(common) / "language.jsonl")
         if settings.model.endswith(".json"):
             config = load_config(settings.model)
-            tokenizer = learn_tokenizer(map("".join, texts), config.vocab_size)
+            tokenizer = learn_tokenizer(map(whole_text, texts), config.vocab_size)
             lm = build_lm(config, tokenizer)
         else:
             model = named_model(settings.model)

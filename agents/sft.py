@@ -24,7 +24,7 @@ from agents.frozen_layers import freeze_below
 from agents.language_model import check_fit, check_positions
 from agents.sequences import TokenBatch
 from agents.states import no_end, prompt_lengths
-from agents.whole_texts import Row, TextModel, encode, whole_texts
+from agents.whole_texts import Row, Text, TextModel, cut, encode, whole_texts
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class SFTReport:
 def warm_start(
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str | tuple[str, str]],
+    texts: Sequence[Text],
     *,
     max_tokens: int = 64,
     epochs: float = 1.0,
@@ -73,9 +73,10 @@ def warm_start(
     Args:
         lm: A causal LM or encoder-decoder.
         tokenizer: Its tokenizer, with an EOS token.
-        texts: Texts, or (prompt, completion), of which the completion alone is learned; an
-            encoder-decoder, whose encoder reads the prompt, needs those. A random tenth,
-            `held_out` at most, is only measured on.
+        texts: Texts; or (prompt, completion), of which the completion alone is learned; an
+            encoder-decoder, whose encoder reads the prompt, needs those; or conversations, which
+            the tokenizer's chat template makes texts of, and of which the answers and their ends
+            are learned. A random tenth, `held_out` at most, is only measured on.
         max_tokens: Longer texts, with their prompts, are cut there, and not ended; a text of
             which that leaves nothing to learn is passed over.
         epochs: Passes over the texts.
@@ -98,15 +99,13 @@ def warm_start(
         raise ValueError("expected a tokenizer with an EOS token, got none: texts could not end")
     if len(texts) < 2:
         raise ValueError(f"expected at least two texts to learn from, got {len(texts)}")
-    alone = next((text for text in texts if isinstance(text, str)), None)
+    alone = next((text for text in texts if not isinstance(text, tuple)), None)
     if lm.config.is_encoder_decoder and alone is not None:
         raise ValueError(
             f"expected pairs of a prompt and its completion for {type(lm).__name__}, whose encoder "
-            f"reads the prompt, got the text {alone[:40]!r} alone"
+            f"reads the prompt, got {str(alone)[:40]!r} alone"
         )
-    rows = encode(tokenizer, texts)
-    for row in rows:
-        row["input_ids"] = row["input_ids"][:max_tokens]
+    rows = [cut(row, max_tokens) for row in encode(tokenizer, texts)]
     rows = [row for row in rows if len(row["input_ids"]) > row["n_given"]]
     if lm.config.is_encoder_decoder:
         for row in rows:

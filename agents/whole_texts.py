@@ -1,11 +1,11 @@
-"""Whole texts, or what follows their prompts, under a causal LM: batches and log-probabilities.
+"""Texts, what follows prompts, or a conversation's answers, under an LM: their log-probabilities.
 
 For the warm start, which learns them, and for scores of texts that somebody else wrote. Episodes of
 an agent, whose tokens are known, are in `buffer`.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch as th
@@ -16,6 +16,9 @@ from agents.language_model import TokenModel
 from agents.sequences import TokenBatch, pad_right
 from agents.states import find_capping
 
+Text = str | tuple[str, str] | Sequence[Mapping[str, Any]]
+"""A text, prompt and completion, or a conversation: messages {"role", "content"}."""
+
 
 class Row(TypedDict):
     """A text as the Trainer's samplers know it.
@@ -23,28 +26,84 @@ class Row(TypedDict):
     Attributes:
         input_ids: Its tokens.
         n_given: How many of them are given, at least one: those behind are looked at.
+        learned: The columns of those that are looked at, where that is not all behind those given.
     """
 
     input_ids: list[int]
     n_given: int
+    learned: NotRequired[list[int]]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | tuple[str, str]]) -> list[Row]:
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text]) -> list[Row]:
     """Tokenise texts, each ended by EOS.
 
     Args:
         tokenizer: With an EOS token.
         texts: A text, of which the first token is given; or prompt and completion, tokenised one
-            by one, as they are when an agent writes.
+            by one, as they are when an agent writes; or a conversation, of which the answers are
+            looked at, each with its end token.
     """
-    pairs = [("", text) if isinstance(text, str) else text for text in texts]
     rows: list[Row] = []
-    for prompt, text in pairs:
+    for whole in texts:
+        if not isinstance(whole, str | tuple):
+            rows.append(conversation_row(tokenizer, whole))
+            continue
+        prompt, text = ("", whole) if isinstance(whole, str) else whole
         given = tokenizer(prompt)["input_ids"] if prompt else []
         ids = tokenizer(text, add_special_tokens=not prompt)["input_ids"]
         ids = [*given, *ids, tokenizer.eos_token_id]
         rows.append({"input_ids": ids, "n_given": max(1, len(given))})
     return rows
+
+
+def conversation_row(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]
+) -> Row:
+    """Tokenise a conversation, of which the assistant's answers are learned, with their ends.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template, or one that does not show an answer
+            behind what it asks for one with, ended by EOS.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "conversations: expected a tokenizer with a chat template, got one without; set "
+            "tokenizer.chat_template or give texts"
+        )
+    whole = str(tokenizer.apply_chat_template(list(messages), tokenize=False))
+    spans: list[tuple[int, int]] = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = str(
+            tokenizer.apply_chat_template(
+                list(messages[:i]), tokenize=False, add_generation_prompt=True
+            )
+        )
+        end = whole.find(tokenizer.eos_token, len(before) + len(message["content"].strip()))
+        if not whole.startswith(before) or end < 0:
+            raise ValueError(
+                "chat template: expected one that shows an answer behind its generation prompt, "
+                f"and {tokenizer.eos_token} behind that, got another; set tokenizer.chat_template"
+            )
+        spans.append((len(before), end + len(tokenizer.eos_token)))
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [start for start, _ in encoded["offset_mapping"]]
+    learned = [
+        column
+        for column, start in enumerate(starts)
+        if column > 0 and any(begin <= start < end for begin, end in spans)
+    ]
+    n_given = learned[0] if learned else len(starts)
+    return {"input_ids": encoded["input_ids"], "n_given": n_given, "learned": learned}
+
+
+def cut(row: Row, max_tokens: int) -> Row:
+    """Return the first tokens of a row."""
+    short: Row = {**row, "input_ids": row["input_ids"][:max_tokens]}
+    if "learned" in row:
+        short["learned"] = [column for column in row["learned"] if column < max_tokens]
+    return short
 
 
 class TextModel(TokenModel):
@@ -83,14 +142,15 @@ class TextModel(TokenModel):
 
 
 def whole_texts(rows: Sequence[Row]) -> TokenBatch:
-    """Make a batch of texts, in which every token behind those given is looked at.
+    """Make a batch of texts, in which every token behind those given is looked at, or some are.
 
     Padding is neither looked at, under causal attention, nor learned; so where the padding token
     is EOS too, the EOS that ends a text still is.
     """
     ids = [np.array(row["input_ids"]) for row in rows]
     positions = [
-        np.arange(row["n_given"] - 1, len(x) - 1) for row, x in zip(rows, ids, strict=True)
+        np.array(row.get("learned", range(row["n_given"], len(x))), dtype=int) - 1
+        for row, x in zip(rows, ids, strict=True)
     ]
     row = np.repeat(np.arange(len(ids)), [len(x) for x in positions])
     return TokenBatch(*(th.from_numpy(x) for x in (pad_right(ids), row, np.concatenate(positions))))

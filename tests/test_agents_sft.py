@@ -7,7 +7,7 @@ import torch as th
 from conftest import letter_tokenizer, tiny_gpt2, tiny_llama
 
 from agents.sft import warm_start
-from agents.whole_texts import TextModel, encode, whole_texts
+from agents.whole_texts import TextModel, conversation_row, encode, whole_texts
 
 TEXTS = ["abc", "abcabc", "abcabcabc", "abcabcabcabc"] * 25
 
@@ -104,3 +104,57 @@ def test_texts_that_cannot_end_are_refused() -> None:
         warm_start(tiny_llama(6), tokenizer, TEXTS)
     with pytest.raises(ValueError, match="at least two texts"):
         warm_start(tiny_llama(6), letter_tokenizer("abc"), ["a"])
+
+
+def chat_tokenizer(template: str | None = None):
+    """Roles are "u" and ">", and a turn ends with <eos> and a space's stand-in, "_"."""
+    tokenizer = letter_tokenizer("abcdefu_")
+    tokenizer.chat_template = template or (
+        "{% for m in messages %}{{ 'u' if m.role == 'user' else '>' }}{{ m.content }}<eos>_"
+        "{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    return tokenizer
+
+
+CHAT = [
+    {"role": "user", "content": "ab"},
+    {"role": "assistant", "content": "cd"},
+    {"role": "user", "content": "e"},
+    {"role": "assistant", "content": "f"},
+]
+
+
+def test_of_conversations_the_answers_and_their_ends_are_learned() -> None:
+    tokenizer = chat_tokenizer()
+    row = conversation_row(tokenizer, CHAT)
+    assert tokenizer.decode(row["input_ids"]) == "uab<eos>_>cd<eos>_ue<eos>_>f<eos>_"
+    batch = whole_texts([row])
+    learned = batch.ids[batch.row, batch.position + 1]
+    assert tokenizer.decode(learned) == "cd<eos>f<eos>"
+
+
+def test_a_warm_start_on_conversations_answers_and_does_not_learn_the_users_part() -> None:
+    tokenizer = chat_tokenizer()
+    lm = tiny_gpt2(len(tokenizer))
+    chats = [[{**CHAT[0], "content": x}, {**CHAT[1], "content": x + x}] for x in "abcd"] * 20
+    report = warm_start(lm, tokenizer, chats, epochs=6, batch_size=8, learning_rate=1e-2)
+    assert report.loss_after < 0.1 < report.loss_before
+    with th.no_grad():
+        ids = tokenizer("ub<eos>_>")["input_ids"]
+        logits = lm(input_ids=th.tensor([ids])).logits[0]
+        assert tokenizer.decode(logits[-1].argmax()) == "b"
+        # behind the user's sign a, b, c and d are equally likely: log 4 nats, had it been learned
+        assert float(-logits[0].log_softmax(0)[:4].mean()) > 1.5 * 1.386
+
+
+def test_conversations_that_cannot_be_learned_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected a tokenizer with a chat template"):
+        conversation_row(letter_tokenizer("abc"), CHAT)
+    for template in (
+        "{% for m in messages %}{{ m.content }}{% endfor %}",  # no end
+        "{% for m in messages %}{{ m.content }}<eos>{% endfor %}>",  # not behind its prompt
+    ):
+        with pytest.raises(ValueError, match="expected one that shows an answer behind"):
+            conversation_row(chat_tokenizer(template), CHAT)
+    with pytest.raises(ValueError, match="max_tokens=3 leaves something to learn, got 0 of 2"):
+        warm_start(tiny_gpt2(11), chat_tokenizer(), [CHAT, CHAT], max_tokens=3)

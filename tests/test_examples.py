@@ -27,6 +27,14 @@ def test_single_file_ppo_learns_alike_in_all_modes(autoreset) -> None:
         assert ppo.train(mode, autoreset, 3) == curve[:3]
 
 
+def test_multi_turn_chat_learns_to_ask_and_to_read_the_answer() -> None:
+    """Who does not ask scores 0.25 at most; so does who does not read what the user says."""
+    scores, episodes = load("multi_turn_chat").train(40_000)
+    assert scores[0] < 0.3 and sum(scores[-5:]) / 5 > 0.7
+    assert all(episode["messages"][1]["content"].startswith("?") for episode in episodes)
+    assert sum(episode["score"] for episode in episodes) >= 3
+
+
 def test_the_article_task_from_ratings_to_test_prompts(tmp_path, capsys) -> None:
     article = load("article")
     lm, encoder = (make_backbone(tmp_path / kind, kind) for kind in ("llama", "bert"))

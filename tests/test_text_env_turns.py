@@ -11,6 +11,7 @@ from stable_baselines3.common.env_checker import check_env as check_sb3
 from text_env_fixtures import character_tokenizer
 
 from text_env import PromptSet, TextEnvironment, TextVecEnv, TextVectorEnv, load_prompts
+from text_env.prompts import load_examples
 from text_env.turns import UserError
 
 TEMPLATE = (
@@ -326,6 +327,10 @@ def test_whole_conversations_are_prompts_too(tmp_path) -> None:
     assert [record["turns"] for record in records] == [["c"], [], []]
     assert len(records[2]["prompt"]) == 2
     assert PromptSet(path, chat_tokenizer())[0].messages == [user("a")]
+    with pytest.raises(ValueError, match="line 3: expected an answer in the conversation"):
+        load_examples(path)
+    path.write_text("\n".join(map(json.dumps, [*rows[:2], {"text": "ab"}])))
+    assert load_examples(path) == [rows[0]["messages"], rows[1]["messages"], "ab"]
     for roles, message in (
         (["assistant"], "take turns after the prompt, got the roles"),
         (["user", "assistant", "assistant"], "take turns after"),

@@ -24,6 +24,9 @@ Record = dict[str, Any]
 Message = dict[str, Any]
 """A chat message: {"role", "content"}."""
 
+Example = str | tuple[str, str] | list[Message]
+"""What a warm start learns from: a text, prompt and completion, or a conversation."""
+
 TURNS = "turns"
 """The column of what the user says after each of the assistant's answers, a list of texts."""
 
@@ -338,26 +341,31 @@ def load_prompts(
     return records
 
 
-def load_examples(
-    path: str | Path, refused: list[str] | None = None
-) -> list[str | tuple[str, str]]:
-    """Read what is to be learned: whole texts, or completions of prompts.
+def load_examples(path: str | Path, refused: list[str] | None = None) -> list[Example]:
+    """Read what is to be learned: whole texts, completions of prompts, or conversations' answers.
 
     Args:
         path: A `.txt` (one text per line), or a `.jsonl` or `.csv` whose lines have the key `text`;
             or `prompt` and `completion`; or `prompt` and `reference`, a text or a list whose first
             one is taken. A completion stands right behind its prompt: blanks between are its own.
+            A line of a `.jsonl` may have the key `messages`: a conversation with an answer.
         refused: As for `load_prompts`.
 
     Returns:
-        Texts, and pairs of prompt and completion.
+        Texts, pairs of prompt and completion, and lists of messages.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: No text, or a malformed one (named by file and line).
     """
-    examples: list[str | tuple[str, str]] = []
+    examples: list[Example] = []
     for place, item in _read_file(Path(path), refused):
+        if isinstance(item, Mapping) and "messages" in item:
+            try:
+                examples.append(_conversation(item, place))
+            except ValueError as error:
+                refuse(str(error), refused, error)
+            continue
         example = _example(item)
         if example is None or not "".join(example).strip():
             refuse(
@@ -373,8 +381,23 @@ def load_examples(
 
 
 def load_texts(path: str | Path, refused: list[str] | None = None) -> list[str]:
-    """Read whole texts: as `load_examples`, with prompts and completions joined."""
-    return ["".join(example) for example in load_examples(path, refused)]
+    """Read whole texts: as `load_examples`, joined by `whole_text`."""
+    return [whole_text(example) for example in load_examples(path, refused)]
+
+
+def whole_text(example: Example) -> str:
+    """Return prompt and completion joined, or what is said in a conversation, a line a message."""
+    if isinstance(example, list):
+        return "\n".join(str(message["content"]) for message in example)
+    return "".join(example)
+
+
+def _conversation(item: Mapping[str, Any], place: str) -> list[Message]:
+    _from_conversation(item, place)  # is it one?
+    messages = [dict(message) for message in item["messages"]]
+    if all(message["role"] != "assistant" for message in messages):
+        raise ValueError(f"{place}: expected an answer in the conversation, got none")
+    return messages
 
 
 def _example(item: Any) -> str | tuple[str, str] | None:

@@ -1479,7 +1479,8 @@ def with_uncertainty(common: Common, tasks: "list[Task]", ensemble: Path) -> "li
 
     model = RewardEnsemble.load(ensemble, device_of(common))
     said: list[Task] = []
-    for n_texts, measure in ((1, model.spread), (2, model.pair_uncertainty)):
+    measures: tuple[tuple[int, Any], ...] = ((1, model.spread), (2, model.pair_uncertainty))
+    for n_texts, measure in measures:
         some = [task for task in tasks if len(task.completions) == n_texts]
         if some:
             sides = map(list, zip(*(task.completions for task in some), strict=True))
@@ -1581,13 +1582,14 @@ def worth(common: Common, settings: Worth) -> None:
             f"expected {LEAST_ANSWERS} {kind or 'answer'}s or more to learn from, for a curve, got "
             f"{len(learned)} and {len(held_out)} held out"
         )
+    measure: Any = f"{kind}s"
     base, bar = named_model(settings.model), progress(4, "fitting")
     curve = learning_curve(
         lambda seed: LearnedRewardModel.from_pretrained(base, device_of(common), seed=seed),
         learned,
         held_out,
         [len(learned) // part for part in (8, 4, 2, 1)],
-        f"{kind}s",
+        measure,
         settings.repeats,
         common.seed,
         on_point=lambda _: bar.update(),
@@ -3025,7 +3027,7 @@ def refuse_other_settings(began: Path, chosen: "Namespace") -> None:
 
 def by_dotted_name(values: dict[str, Any], before: str = "") -> dict[str, Any]:
     """Return nested settings as one level: {"ppo": {"n_envs": 8}} is {"ppo.n_envs": 8}."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         part = isinstance(value, dict)
         flat |= by_dotted_name(value, f"{before}{name}.") if part else {before + name: value}

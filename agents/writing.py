@@ -48,8 +48,8 @@ def write_episodes(
             if row not in ended:
                 states[row].append(int((obs[row] != PAD).sum()) - 1)
         obs, _, dones, infos = env.step(tokens)
-        for row in np.flatnonzero(dones):
-            ended.setdefault(int(row), infos[row])
+        for row in np.flatnonzero(dones).tolist():
+            ended.setdefault(row, infos[row])
     episodes = [dict(ended[row]) for row in range(env.num_envs)]
     ids = [_real(episode.pop("terminal_observation")) for episode in episodes]
     if reference is None:

@@ -8,7 +8,7 @@ import pytest
 from text_env_fixtures import arguments, character_tokenizer, llama_tokenizer
 
 from text_env import PromptSet, TextEnvironment, load_prompts, split_by_hash
-from text_env.prompts import RESERVED_COLUMNS, FixedOrder, ShuffledOrder, beginning
+from text_env.prompts import RESERVED_COLUMNS, FixedOrder, ShuffledOrder, beginning, load_pairs
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}\n{% endfor %}a"
 
@@ -255,3 +255,15 @@ def test_texts_and_rewards():
 def test_texts_and_rewards_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         TextEnvironment(**arguments(**{"prompts": None, "reward_fn": None, **changes}))
+
+
+def test_pairs_are_prompts_with_their_completions(tmp_path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "one, two", "completion": "three"}\n')
+    assert load_pairs(file) == [("one, two", "three")]
+    file.write_text('{"prompt": "one, two", "completion": "three"}\n{"text": "one"}\n')
+    with pytest.raises(ValueError, match=r'pairs.jsonl.*2.*expected the keys "prompt" and "compl'):
+        load_pairs(file)
+    file.write_text("")
+    with pytest.raises(ValueError, match="got none"):
+        load_pairs(file)

@@ -1,0 +1,1 @@
+"""Presets for train.py (YAML), and what they can say (`settings`)."""

@@ -357,6 +357,7 @@ def training_env(
     n_processes: int = 1,
 ) -> "TextVecEnv":
     """Return the environment that PPO trains in, one process's part of it."""
+    from reward_models import EachAnswer
     from text_env import TextVecEnv
 
     return TextVecEnv(
@@ -364,7 +365,7 @@ def training_env(
         autoreset=settings.n_steps is not None,
         tokenizer=tokenizer,
         prompts=prompts,
-        reward_fn=reward_fn,
+        reward_fn=EachAnswer(reward_fn),
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens,
         missing_eos_penalty=settings.missing_eos_penalty,
@@ -382,7 +383,7 @@ def ppo_model(common: Common, settings: PPO, policy: str, env: "TextVecEnv") -> 
         env,
         partial(warm_up_and_decay, settings.learning_rate),
         device=device_of(common),
-        n_steps=settings.max_new_tokens if settings.n_steps is None else settings.n_steps,
+        n_steps=env.max_new_tokens if settings.n_steps is None else settings.n_steps,
         whole_episodes=settings.n_steps is None,
         batch_size=settings.batch_size,
         n_epochs=settings.n_epochs,
@@ -604,7 +605,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         )
         give_back_memory()
         tokenizer, lm = load_tokenizer(reference), load_named(reference).to(device_of(common))
-        if tokenizer.eos_token_id is not None:
+        if tokenizer.eos_token_id is not None and "turns" not in prompts[0]:
             scorers[LIKELIHOOD] = LogLikelihood(lm, tokenizer, dtype_of(common))
         columns = sorted(set(prompts[0]) - {"prompt"})
         scores = {name: scores_of(group, columns, scorers) for name, group in groups.items()}
@@ -628,10 +629,10 @@ def scores_of(
 
     from reward_models import WeightedSum
     from reward_models.contract import asked_for
+    from reward_models.conversations import answers_of
 
-    prompts, completions = texts_of(episodes)
-    given: dict[str, Any] = {"prompts": prompts, "completions": completions}
-    given |= {name: [episode[name] for episode in episodes] for name in columns}
+    answers = answers_of(episodes, columns)
+    given = {"prompts": answers.prompts, "completions": answers.completions, **answers.columns}
     found: dict[str, np.ndarray] = {}
     for key, scorer in scorers.items():
         if key in found:  # a metric that is a term of the reward too
@@ -640,11 +641,11 @@ def scores_of(
             found[key] = np.array([episode["score"] for episode in episodes])
             continue
         if isinstance(scorer, WeightedSum):
-            parts = scorer.parts(**given)
+            parts = [answers.mean(part) for part in scorer.parts(**given)]
             found[key] = scorer.total(parts)
             found |= dict(zip(scorer.names, parts, strict=True))
         else:
-            found[key] = np.asarray(scorer(**given), dtype=float)
+            found[key] = answers.mean(scorer(**given))
     return found
 
 
@@ -789,6 +790,7 @@ def verdicts_of_reward(
 ) -> "Iterator[Verdict]":
     """Check the reward on what the policy wrote."""
     from agents import checks, reward_checks
+    from reward_models.conversations import answers_of
 
     reward = settings.reward
     if reward is None and common.run is not None and (common.run / "reward_model").exists():
@@ -802,8 +804,8 @@ def verdicts_of_reward(
         reason = " ".join(str(error).split())
         yield checks.Verdict("reward", "wrong", f"cannot be loaded from {reward!r}: {reason}")
         return
-    texts = texts_of(episodes)
-    further = {name: [episode[name] for episode in episodes] for name in columns}
+    answers = answers_of(episodes, columns)
+    texts, further = (answers.prompts, answers.completions), answers.columns
     for name, look in (
         ("reward finite", reward_checks.check_finite),
         ("reward in batches", reward_checks.check_batch),
@@ -1900,6 +1902,8 @@ def judged_rollouts(judge: "LearnedRewardModel") -> "BaseCallback":
     """Return a callback that logs the judge's mean of a few episodes of each rollout."""
     from stable_baselines3.common.callbacks import BaseCallback
 
+    from reward_models.conversations import answers_of
+
     class JudgedRollouts(BaseCallback):
         def _on_step(self) -> bool:
             return True
@@ -1908,15 +1912,11 @@ def judged_rollouts(judge: "LearnedRewardModel") -> "BaseCallback":
             episodes = getattr(self.model, "finished_episodes", [])
             if episodes:
                 some = episodes[:: max(1, len(episodes) // 64)]
-                ratings = judge.human_scale(*texts_of(some))
+                answers = answers_of(some)
+                ratings = judge.human_scale(answers.prompts, answers.completions)
                 self.logger.record("rollout/judge_mean", float(ratings.mean()))
 
     return JudgedRollouts()
-
-
-def texts_of(episodes: Episodes) -> tuple[list[str], list[str]]:
-    """Return the prompts and the completions of episodes."""
-    return [e["prompt"] for e in episodes], [e["completion"] for e in episodes]
 
 
 WARM_START, POLICY, GREEDY = "warm start", "policy", "warm start, greedy"
@@ -1991,6 +1991,7 @@ def writing_env(
     common: Common, settings: Writing, lm: str, prompts: list[dict[str, Any]], reward_fn: Any
 ) -> "TextVecEnv":
     """Return an environment of one episode per prompt; settings are filled in (`as_in_ppo`)."""
+    from reward_models import EachAnswer
     from text_env import TextVecEnv
     from text_env.vocabulary import load_tokenizer
 
@@ -2001,7 +2002,7 @@ def writing_env(
         tokenizer=tokenizer,
         prompts=prompts,
         shuffle=False,
-        reward_fn=reward_fn,
+        reward_fn=EachAnswer(reward_fn),
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens,
         allowed_token_ids=tokens_of(settings.vocabulary, tokenizer),
@@ -2078,6 +2079,10 @@ def summary(facts: dict[str, Any]) -> str:
     )
 
 
+SHOWN = ("prompt", "completion", "finish_reason", "ref_kl")
+"""What evaluation.json has of an episode, beside its scores and a conversation's messages."""
+
+
 def write_report(
     folder: Path,
     made: Path,
@@ -2090,6 +2095,7 @@ def write_report(
     from agents.curves import training_curves
     from agents.findings import as_markdown
     from reward_models.atomic import atomic_file
+    from reward_models.conversations import readable
     from reward_models.measures import measures_table, samples_table
 
     rows = [json.loads(line) for line in read_lines(folder / "metrics.jsonl")]
@@ -2099,7 +2105,7 @@ def write_report(
     with atomic_file(made / "evaluation.json") as file:
         episodes = {
             name: [
-                {**{k: e[k] for k in ("prompt", "completion", "finish_reason", "ref_kl")}}
+                {k: e[k] for k in (*SHOWN, "messages") if k in e}
                 | {k: float(v[i]) for k, v in scores[name].items()}
                 for i, e in enumerate(group)
             ]
@@ -2111,7 +2117,7 @@ def write_report(
     if (folder / "doctor.jsonl").exists():
         findings = [json.loads(line) for line in read_lines(folder / "doctor.jsonl")]
         doctor_section = ["## What the doctor found", as_markdown(findings, rows)]
-    shown = {name: groups[name] for name in (WARM_START, POLICY)}
+    shown = {name: [readable(e) for e in groups[name]] for name in (WARM_START, POLICY)}
     key = "judge" if "judge" in scores[POLICY] else "score"
     parts = [
         "# What the run did",

@@ -18,8 +18,8 @@ class SampleTextCallback(BaseCallback):
     """Shows what the policy writes: a few finished episodes of a rollout, spread over its rows.
 
     Each goes to a line of `path` ({"num_timesteps", "prompt", "completion", "score", "ref_kl"};
-    ref_kl in nats per completion, null without a reference), and all to a table under
-    `samples/completions` in TensorBoard's text page.
+    ref_kl in nats per completion, null without a reference; a conversation's "messages"), and all
+    to a table under `samples/completions` in TensorBoard's text page.
     """
 
     def __init__(
@@ -61,8 +61,10 @@ class SampleTextCallback(BaseCallback):
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                for row in rows:
+                for row, episode in zip(rows, chosen, strict=True):
                     line = {"num_timesteps": self.num_timesteps, **row}
+                    if "messages" in episode:
+                        line["messages"] = episode["messages"]
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def get_state(self) -> dict[str, int]:

@@ -29,6 +29,7 @@ from benchmarks.algorithms import LEARNERS, Budget, Curve, Settings, reference
 from benchmarks.small_runs import Point
 from reward_models import LearnedRewardModel, LexiconSentiment, distinct_n
 from reward_models.assets import sentiment_lexicon
+from reward_models.conversations import answers_of
 from text_env import TextVecEnv
 from text_env.prompts import load_prompts
 from text_env.vocabulary import load_tokenizer
@@ -229,7 +230,7 @@ class Movies:
         it, and `judge_error` the judge's standard error, which the prompts leave.
         """
         episodes = write()
-        prompts, texts = train.texts_of(episodes)
+        prompts, texts, *_ = answers_of(episodes)
         scores = {name: f(prompts, texts) for name, f in self.scorers.items()}
         found = {name: float(values.mean()) for name, values in scores.items()}
         found["judge_error"] = float(scores["judge"].std(ddof=1) / math.sqrt(len(texts)))
@@ -249,7 +250,7 @@ class Movies:
         env.seed(self.seed)
         rounds = math.ceil(n / copies)
         episodes = [episode for _ in range(rounds) for episode in write_episodes(policy, env)]
-        prompts, texts = train.texts_of(episodes)
+        prompts, texts, *_ = answers_of(episodes)
         shape = (rounds * copies, len(self.test_prompts))
         scores = {name: f(prompts, texts).reshape(shape)[:n] for name, f in self.scorers.items()}
         penalty = np.array([missing(e) for e in episodes]).reshape(shape)[:n]

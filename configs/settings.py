@@ -45,7 +45,8 @@ class SFT:
     of at most as many tokens as the config's vocabulary has."""
     texts: Path | None = None
     """Texts to learn from, one per line (.txt), or with a key or column `text` (.jsonl, .csv); or
-    with `prompt` and `completion`, or `prompt` and `reference`, where the prompt is only read."""
+    with `prompt` and `completion`, or `prompt` and `reference`, where the prompt is only read; or
+    conversations, with `messages` (.jsonl), of which the answers are learned."""
     max_tokens: int = 48
     """Longer texts, with their prompts, are cut there."""
     epochs: float = 1.0
@@ -107,7 +108,8 @@ class PPO:
     {learned: 0.5, rougeL: 1, length: {weight: 0.1, high: 30}} (docs/recipes.md lists them), or one
     term; a function of your own is module:name."""
     prompts: Path | None = None
-    """Training prompts (.txt, .jsonl, .csv). None: the run's."""
+    """Training prompts (.txt, .jsonl, .csv), or conversations (.jsonl, with `messages`), of which
+    the user's turns are taken. None: the run's."""
     vocabulary: Path | None = None
     """Texts (.txt, .jsonl, .csv) whose tokens are all that the policy may write with. None: the
     run's language.jsonl, or, with own `prompts`, the whole vocabulary."""
@@ -144,7 +146,7 @@ class PPO:
     micro_batch_size: int | None = None
     """Tokens of a minibatch whose activations are held at a time; the gradient stays the same."""
     max_new_tokens: int = 32
-    """Longest completion, tokens."""
+    """Longest completion, or turn of a conversation, tokens."""
     min_new_tokens: int = 6
     """Tokens before a completion may end."""
     temperature: float = 0.7

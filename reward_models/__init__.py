@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from reward_models.assets import AssetError
 from reward_models.composed import WeightedSum, weighted_sum
 from reward_models.contract import RewardFunction, checked_scores
+from reward_models.conversations import EachAnswer
 from reward_models.feedback.records import (
     Comparison,
     Feedback,
@@ -42,6 +43,7 @@ __all__ = [
     "Bleu",
     "ChrF",
     "Comparison",
+    "EachAnswer",
     "ExactMatch",
     "Feedback",
     "HTTPRewardError",

@@ -446,11 +446,14 @@ class Loop:
     evaluate: Evaluate = field(default_factory=Evaluate)
 
 
+SPACE = Path(__file__).with_name("tune.yaml")
+
+
 @dataclass
 class Tune:
     """Settings of PPO that do best by the judge within a KL budget."""
 
-    space: Path = Path(__file__).with_name("tune.yaml")
+    space: Path = SPACE
     """What to search: settings of PPO, with a list of values or {low, high} for each."""
     trials: int = 20
     """Trainings in all, those of earlier calls and of other processes included."""

@@ -29,7 +29,7 @@ class Answers(NamedTuple):
     columns: dict[str, list[Any]]
     owner: np.ndarray
 
-    def mean(self, scores: Sequence[float]) -> np.ndarray:
+    def mean(self, scores: Sequence[float] | np.ndarray) -> np.ndarray:
         """Return the mean of each conversation's answers: (N,) scores to (B,).
 
         Raises:

@@ -35,28 +35,28 @@ def write_episodes(
     """
     obs = env.reset()
     assert isinstance(obs, np.ndarray)
-    states: list[list[int]] = [[] for _ in range(env.num_envs)]  # what each row's tokens follow
+    states: list[np.ndarray] = []  # (n_envs,) per step: the column that each row's token follows
     masks = ActionMasks(env, policy.device) if env.has_attr("action_masks") else None
     mask_ids: list[np.ndarray] = []  # (n_envs,) per step
-    ended: dict[int, dict[str, Any]] = {}
+    ended: dict[int, tuple[dict[str, Any], int]] = {}  # info, steps
     while len(ended) < env.num_envs:
         allowed = None if masks is None else masks.ask().cpu().numpy()
         tokens, _ = policy.predict(obs, deterministic=deterministic, action_masks=allowed)
         if masks is not None:
             mask_ids.append(masks.mask_id)
-        for row in range(env.num_envs):
-            if row not in ended:
-                states[row].append(int((obs[row] != PAD).sum()) - 1)
+        states.append((obs != PAD).sum(axis=1) - 1)
         obs, _, dones, infos = env.step(tokens)
-        for row in np.flatnonzero(dones).tolist():
-            ended.setdefault(row, infos[row])
-    episodes = [dict(ended[row]) for row in range(env.num_envs)]
+        for row in np.flatnonzero(dones):
+            ended.setdefault(int(row), (infos[row], len(states)))
+    episodes = [dict(ended[row][0]) for row in range(env.num_envs)]
     ids = [_real(episode.pop("terminal_observation")) for episode in episodes]
     if reference is None:
         divergence: Sequence[float | None] = [None] * len(ids)
     else:
         at = None if masks is None else (np.stack(mask_ids), masks.table())
-        divergence = _divergence(policy, reference, ids, states, at, deterministic)
+        columns = np.stack(states)
+        own = [columns[: ended[row][1], row] for row in range(env.num_envs)]
+        divergence = _divergence(policy, reference, ids, own, at, deterministic)
     for episode, ref_kl in zip(episodes, divergence, strict=True):
         episode["ref_kl"] = ref_kl
     policy.decoder.forget()
@@ -72,7 +72,7 @@ def _divergence(
     policy: TokenModel,
     reference: Reference,
     ids: list[np.ndarray],
-    states: list[list[int]],
+    states: list[np.ndarray],
     masks: tuple[np.ndarray, th.Tensor] | None,
     deterministic: bool,
     batch_size: int = 32,

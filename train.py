@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from reward_models.feedback import Feedback, FeedbackStore, Task
     from reward_models.learned import FitReport
     from text_env import TextVecEnv
+    from text_env.task import TextTask
 
 Episodes = list[dict[str, Any]]
 
@@ -271,7 +272,6 @@ def train_policy(common: Common, settings: PPO) -> None:
             tokenizer,
             prompts,
             vocabulary,
-            reward_function(common, settings.reward, settings.reward_model),
             n_processes,
         )
         same = {
@@ -353,13 +353,14 @@ def training_env(
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Path,
     vocabulary: Path | None,
-    reward_fn: Any,
     n_processes: int = 1,
 ) -> "TextVecEnv":
     """Return the environment that PPO trains in, one process's part of it."""
     from reward_models import EachAnswer
     from text_env import TextVecEnv
 
+    skips = settings.on_nonfinite == "skip"
+    reward_fn = reward_function(common, settings.reward, settings.reward_model, skips)
     return TextVecEnv(
         num_envs=settings.n_envs // n_processes,
         autoreset=settings.n_steps is not None,
@@ -370,7 +371,7 @@ def training_env(
         min_new_tokens=settings.min_new_tokens,
         missing_eos_penalty=settings.missing_eos_penalty,
         allowed_token_ids=tokens_of(vocabulary, tokenizer),
-        nonfinite_scores="pass" if settings.on_nonfinite == "skip" else "error",
+        nonfinite_scores="pass" if skips else "error",
     )
 
 
@@ -574,8 +575,9 @@ def evaluate(common: Common, settings: Evaluate) -> None:
     """Compare policy and warm start on test prompts; leaves report.md and its pictures."""
     from agents.language_model import load_named
     from agents.likelihood import LogLikelihood
-    from reward_models import LearnedRewardModel, LexiconSentiment
+    from reward_models import EachAnswer, LearnedRewardModel, LexiconSentiment
     from reward_models.assets import sentiment_lexicon
+    from reward_models.contract import asked_for
     from reward_models.evaluation import mean_interval
     from reward_models.measures import LIKELIHOOD, measures
     from text_env.prompts import load_prompts
@@ -600,14 +602,14 @@ def evaluate(common: Common, settings: Evaluate) -> None:
             facts["judge_scale"] = judge.scale
         if settings.prompts is None and source_of(common) == "movies":  # the lexicon is English
             scorers["lexicon"] = LexiconSentiment(sentiment_lexicon())
-        groups = write_all(
-            common, settings, reference, policy, rewarder, prompts[: settings.n_prompts]
-        )
+        asked = set().union(*map(asked_for, scorers.values()))
+        paid = EachAnswer(rewarder, also=asked)
+        groups = write_all(common, settings, reference, policy, paid, prompts[: settings.n_prompts])
         give_back_memory()
         tokenizer, lm = load_tokenizer(reference), load_named(reference).to(device_of(common))
         if tokenizer.eos_token_id is not None and "turns" not in prompts[0]:
             scorers[LIKELIHOOD] = LogLikelihood(lm, tokenizer, dtype_of(common))
-        columns = sorted(set(prompts[0]) - {"prompt"})
+        columns = sorted(set(prompts[0]) - {"prompt"} | asked)
         scores = {name: scores_of(group, columns, scorers) for name, group in groups.items()}
         facts["measures"] = {name: measures(groups[name], scores[name]) for name in groups}
         facts["gain"] = {
@@ -628,24 +630,21 @@ def scores_of(
     import numpy as np
 
     from reward_models import WeightedSum
-    from reward_models.contract import asked_for
+    from reward_models.contract import ask
     from reward_models.conversations import answers_of
 
     answers = answers_of(episodes, columns)
-    given = {"prompts": answers.prompts, "completions": answers.completions, **answers.columns}
+    given = (answers.prompts, answers.completions, answers.columns)
     found: dict[str, np.ndarray] = {}
     for key, scorer in scorers.items():
         if key in found:  # a metric that is a term of the reward too
             continue
-        if asked_for(scorer):  # of tokens, which only the environment has shown it
-            found[key] = np.array([episode["score"] for episode in episodes])
-            continue
         if isinstance(scorer, WeightedSum):
-            parts = [answers.mean(part) for part in scorer.parts(**given)]
+            parts = [answers.mean(part) for part in scorer.parts(*given)]
             found[key] = scorer.total(parts)
             found |= dict(zip(scorer.names, parts, strict=True))
         else:
-            found[key] = answers.mean(scorer(**given))
+            found[key] = answers.mean([x.sum() for x in ask(scorer, *given)])
     return found
 
 
@@ -701,7 +700,7 @@ def verdicts(common: Common, settings: Check) -> "Iterator[Verdict]":
         yield checks.Verdict("model", "wrong", f"it cannot write: {type(error).__name__}: {reason}")
         yield checks.Verdict("all else", "look", "not checked: it needs a model that can write")
         return
-    yield from verdicts_of_reward(common, settings, samples, columns)
+    yield from verdicts_of_reward(common, settings, samples, columns, env.task)
 
 
 BEGINNINGS = ("The film is", "This is a story of", "I think that", "With", "In the end, the actors")
@@ -786,10 +785,11 @@ def verdicts_of_policy(
 
 
 def verdicts_of_reward(
-    common: Common, settings: Check, episodes: Episodes, columns: list[str]
+    common: Common, settings: Check, episodes: Episodes, columns: list[str], task: "TextTask"
 ) -> "Iterator[Verdict]":
     """Check the reward on what the policy wrote."""
     from agents import checks, reward_checks
+    from reward_models.contract import asked_for
     from reward_models.conversations import answers_of
 
     reward = settings.reward
@@ -804,6 +804,13 @@ def verdicts_of_reward(
         reason = " ".join(str(error).split())
         yield checks.Verdict("reward", "wrong", f"cannot be loaded from {reward!r}: {reason}")
         return
+    asked = asked_for(reward_fn)
+    if asked and task.user is not None:
+        said = f"it asks for {sorted(asked)}, which only episodes of one turn have"
+        yield checks.Verdict("reward", "wrong", said)
+        return
+    if asked:
+        reward_fn = partial(sums_of_tokens, reward_fn, task)
     answers = answers_of(episodes, columns)
     texts, further = (answers.prompts, answers.completions), answers.columns
     for name, look in (
@@ -814,18 +821,43 @@ def verdicts_of_reward(
         yield checks.attempt(name, look, reward_fn, *texts, further)
 
 
+def sums_of_tokens(
+    reward_fn: Callable[..., Any],
+    task: "TextTask",
+    *,
+    prompts: list[str],
+    completions: list[str],
+    **columns: Any,
+) -> list[float]:
+    """Score texts by a reward that asks for tokens: those that the tokenizer makes, and an end."""
+    import numpy as np
+
+    from reward_models.contract import ask
+    from text_env.scoring import TOKENS
+
+    ends = np.flatnonzero(task.vocabulary.is_eos)[:1].tolist()
+    ids = [task.tokenizer(x, add_special_tokens=False)["input_ids"] + ends for x in completions]
+    no_prompt = np.zeros(0, dtype=int)
+    pieces = [task.vocabulary.pieces(no_prompt, *row) for row in zip(ids, completions, strict=True)]
+    columns |= dict(zip(TOKENS, (ids, pieces), strict=True))
+    return [float(part.sum()) for part in ask(reward_fn, prompts, completions, columns, True)]
+
+
 def by_name(terms: Terms) -> dict[str, Any]:
     """Return a reward's terms by name."""
     return terms if isinstance(terms, dict) else {terms or "learned": 1.0}
 
 
-def reward_function(common: Common, terms: Terms, reward_model: str | None) -> Callable[..., Any]:
+def reward_function(
+    common: Common, terms: Terms, reward_model: str | None, allow_nonfinite: bool = False
+) -> Callable[..., Any]:
     """Return the reward function that settings ask for.
 
     Args:
         common: Whose run has the reward model and the warm start that terms may mean.
         terms: As in `PPO.reward`.
         reward_model: Folder or hub id of what `learned` means; None: the run's.
+        allow_nonfinite: Let terms score NaN, for an agent that leaves such episodes out.
     """
     from agents.language_model import load_named
     from agents.likelihood import LogLikelihood
@@ -845,7 +877,7 @@ def reward_function(common: Common, terms: Terms, reward_model: str | None) -> C
 
     if not isinstance(terms, dict) and (terms or "learned") not in TERMS:
         return other(terms or "learned")  # as it is, whatever it returns
-    return weighted_sum(by_name(terms), other)
+    return weighted_sum(by_name(terms), other, allow_nonfinite)
 
 
 def named_reward(common: Common, name: str) -> Callable[..., Any]:
@@ -1425,6 +1457,9 @@ def told_to_trials(common: Common, settings: Tune, folder: Path) -> PPO:
     vocabulary = given.vocabulary
     if vocabulary is None and given.prompts is None:
         vocabulary = data(common) / "language.jsonl"
+    learned = given.reward_model
+    if learned is None and "learned" in by_name(given.reward):
+        learned = str(left_by("reward", run_folder / "reward_model"))
     split = folder / "prompts"
     if not split.exists():
         rows = load_prompts(given.prompts or data(common) / "prompts.jsonl")
@@ -1440,7 +1475,7 @@ def told_to_trials(common: Common, settings: Tune, folder: Path) -> PPO:
     return replace(
         given,
         policy=given.policy or str(left_by("sft", run_folder / "sft")),
-        reward_model=given.reward_model or str(left_by("reward", run_folder / "reward_model")),
+        reward_model=learned,
         prompts=split / "train.jsonl",
         vocabulary=vocabulary,
     )
@@ -1463,20 +1498,14 @@ def train_trial(
     from agents.language_model import Reference, load_named
     from agents.tuning import Measured, TrialCallback
     from agents.writing import write_episodes
+    from reward_models import EachAnswer
     from text_env.prompts import load_prompts
     from text_env.vocabulary import load_tokenizer
 
     assert settings.policy and settings.prompts
     set_up(common)
-    reward_fn = reward_function(common, settings.reward, settings.reward_model)
-    env = training_env(
-        common,
-        settings,
-        load_tokenizer(settings.policy),
-        settings.prompts,
-        settings.vocabulary,
-        reward_fn,
-    )
+    tokenizer = load_tokenizer(settings.policy)
+    env = training_env(common, settings, tokenizer, settings.prompts, settings.vocabulary)
     model = ppo_model(common, settings, settings.policy, env)
     model.set_logger(Logger(str(place), [appending(place / "metrics.jsonl")]))
     reference = model.reference
@@ -1488,7 +1517,7 @@ def train_trial(
         Writing(**{part.name: getattr(settings, part.name) for part in fields(Writing)}),
         settings.policy,
         load_prompts(settings.prompts.with_name("held_out.jsonl")),
-        lambda prompts, completions, **_: judge.human_scale(prompts, completions),
+        EachAnswer(lambda prompts, completions, **_: judge.human_scale(prompts, completions)),
     )
 
     def measure(policy: "CausalLMPolicy") -> Measured:
@@ -1882,11 +1911,11 @@ def human_agreement() -> dict[str, float]:
 
 def tokens_of(vocabulary: Path | None, tokenizer: "PreTrainedTokenizerBase") -> list[int] | None:
     """Return the ids of the tokens that occur in the texts of a file; None without one: all."""
-    from text_env.prompts import load_examples
+    from text_env.prompts import load_examples, parts_of
 
     if vocabulary is None:
         return None
-    parts = [part for x in load_examples(vocabulary) for part in ([x] if isinstance(x, str) else x)]
+    parts = [part for example in load_examples(vocabulary) for part in parts_of(example)]
     return sorted({token for ids in tokenizer(parts)["input_ids"] for token in ids})
 
 
@@ -1991,7 +2020,6 @@ def writing_env(
     common: Common, settings: Writing, lm: str, prompts: list[dict[str, Any]], reward_fn: Any
 ) -> "TextVecEnv":
     """Return an environment of one episode per prompt; settings are filled in (`as_in_ppo`)."""
-    from reward_models import EachAnswer
     from text_env import TextVecEnv
     from text_env.vocabulary import load_tokenizer
 
@@ -2002,7 +2030,7 @@ def writing_env(
         tokenizer=tokenizer,
         prompts=prompts,
         shuffle=False,
-        reward_fn=EachAnswer(reward_fn),
+        reward_fn=reward_fn,
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens,
         allowed_token_ids=tokens_of(settings.vocabulary, tokenizer),
@@ -2283,6 +2311,7 @@ def card_of(
     beta = f"{settings.kl_coef:g} score units per nat"
     if settings.target_ref_kl is not None:
         beta += f", adapted to {settings.target_ref_kl:g} nats: {model.kl.coef:.3g} at the end"
+    prompt, encodes = env.task.prompts[0], model.policy.lm.config.is_encoder_decoder
     training = {
         "from": f"`{base_of(policy)}`",
         "prompts": f"{len(env.task.prompts)}, {source}",
@@ -2307,7 +2336,8 @@ def card_of(
         "base_model": base_of(policy),
         "is_adapters": settings.lora_rank is not None and not settings.merge_lora,
         "training": training,
-        "example": env.task.prompts[0].text,
+        "is_encoder_decoder": encodes,
+        "example": prompt.text if encodes or prompt.messages is None else prompt.messages,
         "sampling": {
             "do_sample": True,
             "temperature": settings.temperature,
@@ -2329,11 +2359,13 @@ def base_of(lm: str) -> str:
 
     folder = Path(lm)
     if not folder.is_dir():
-        return HUB_IDS.get(lm, lm)
+        return folder.stem if folder.suffix == ".json" else HUB_IDS.get(lm, lm)
     made_by = {"sft": "sft", "reward_model": "reward"}.get(folder.name)
     facts, card = folder.parent / "stages" / f"{made_by}.json", folder / "README.md"
     if facts.exists():
         made_from = json.loads(facts.read_text(encoding="utf-8")).get("model")
+        if made_from == "sft":
+            made_from = str(folder.parent / "sft")
         return base_of(made_from) if made_from else folder.name
     if card.exists() and (known := ModelCard.load(card).data.base_model):
         return known if isinstance(known, str) else known[0]

@@ -55,7 +55,8 @@ def add_adapters(
     with th.no_grad():
         before = sequence_states(lm.eval(), ids)
     try:
-        lm.add_adapter(config_class(task_type="CAUSAL_LM", **settings))
+        kind = "SEQ_2_SEQ_LM" if lm.config.is_encoder_decoder else "CAUSAL_LM"
+        lm.add_adapter(config_class(task_type=kind, **settings))
     except (TypeError, ValueError) as error:
         raise ValueError(f"lora: peft refuses {dict(settings)}: {error}") from error
     looked_up = (lm.get_input_embeddings(), lm.get_output_embeddings())

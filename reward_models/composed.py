@@ -27,6 +27,7 @@ class WeightedSum:
     Args:
         terms: the weight of each reward function, as a mapping or as pairs.
         names: of the terms, for messages and tables; the functions' own if not given.
+        allow_nonfinite: hand NaN and infinity on, to an agent that leaves such episodes out.
 
     Raises:
         ValueError: if there are no terms.
@@ -36,7 +37,9 @@ class WeightedSum:
         self,
         terms: Mapping[RewardFunction, float] | Iterable[tuple[RewardFunction, float]],
         names: Sequence[str] | None = None,
+        allow_nonfinite: bool = False,
     ) -> None:
+        self.allow_nonfinite = allow_nonfinite
         self.terms = list(terms.items() if isinstance(terms, Mapping) else terms)
         if not self.terms:
             raise ValueError("expected at least one (reward function, weight), got none")
@@ -71,7 +74,7 @@ class WeightedSum:
         return in_contract(total)
 
     def parts(
-        self, *, prompts: Sequence[str], completions: Sequence[str], **columns: Any
+        self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Any]
     ) -> list[np.ndarray]:
         """Score each completion by each term, before weights: (B,) each; raises as a call does."""
         asked = self._ask(prompts, completions, columns)
@@ -84,7 +87,7 @@ class WeightedSum:
         found = []
         for (term, _), name in zip(self.terms, self.names, strict=True):
             with _named(name):
-                found.append(ask(term, prompts, completions, columns))
+                found.append(ask(term, prompts, completions, columns, self.allow_nonfinite))
         return found
 
     def total(self, parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -94,7 +97,9 @@ class WeightedSum:
 
 
 def weighted_sum(
-    settings: Mapping[str, Any], other: Callable[[str], RewardFunction]
+    settings: Mapping[str, Any],
+    other: Callable[[str], RewardFunction],
+    allow_nonfinite: bool = False,
 ) -> WeightedSum:
     """Make a weighted sum from plain settings, as they stand in a file.
 
@@ -102,6 +107,7 @@ def weighted_sum(
         settings: by the name of each term its weight, or its weight and arguments:
             `{"rougeL": 1.0, "length": {"weight": 0.1, "high": 30}}`. A weight not given is 1.
         other: returns the reward function of a name that is not in `TERMS`.
+        allow_nonfinite: as in `WeightedSum`.
 
     Raises:
         ValueError: if a term cannot be made of its settings, or a weight is not a finite number.
@@ -119,7 +125,7 @@ def weighted_sum(
         except TypeError as error:
             raise ValueError(f"{name}: expected its settings, got {arguments} ({error})") from error
         terms.append((term, float(weight)))
-    return WeightedSum(terms, list(settings))
+    return WeightedSum(terms, list(settings), allow_nonfinite)
 
 
 @contextmanager
@@ -146,7 +152,7 @@ def add_at_end(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def in_contract(scores: Sequence[np.ndarray]) -> Any:
-    """Return scores of completions, (B,), or lists of those of tokens where there are such."""
+    """Return scores of completions, (B,), or, where there are such, lists of those of tokens."""
     if all(len(part) == 1 for part in scores):
         return np.array([part[0] for part in scores], dtype=np.float64)
-    return [part.tolist() for part in scores]
+    return [part.tolist() if len(part) > 1 else float(part[0]) for part in scores]

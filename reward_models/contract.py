@@ -51,11 +51,18 @@ def asked_for(reward_fn: RewardFunction) -> set[str]:
     return set(TOKENS) & set(named)
 
 
+def told(reward_fn: RewardFunction, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that a reward function is given: of tokens, what it asks for."""
+    asked = asked_for(reward_fn)
+    return {name: x for name, x in columns.items() if name in asked or name not in TOKENS}
+
+
 def ask(
     reward_fn: RewardFunction,
     prompts: Sequence[str],
     completions: Sequence[str],
     columns: Mapping[str, Any],
+    allow_nonfinite: bool = False,
 ) -> list[np.ndarray]:
     """Call a reward function with what it asks for, and check its answer.
 
@@ -65,11 +72,9 @@ def ask(
     Raises:
         ValueError: if their number is wrong or one of them is not a finite number.
     """
-    asked = asked_for(reward_fn)
-    told = {name: column for name, column in columns.items() if name in asked or name not in TOKENS}
-    answer = reward_fn(prompts=prompts, completions=completions, **told)
-    if not asked or not any(np.ndim(part) for part in answer):
-        return list(checked_scores(answer, completions)[:, None])
+    answer = reward_fn(prompts=prompts, completions=completions, **told(reward_fn, columns))
+    if not asked_for(reward_fn) or not any(np.ndim(part) for part in answer):
+        return list(checked_scores(answer, completions, allow_nonfinite)[:, None])
     if len(answer) != len(completions):
         raise ValueError(
             f"expected {len(completions)} scores, one per completion, got {len(answer)}"
@@ -77,16 +82,19 @@ def ask(
     parts: list[np.ndarray] = []
     for part, completion in zip(answer, completions, strict=True):
         numbers: Any = np.atleast_1d(np.asarray(part))
-        parts.append(checked_scores(numbers, [completion] * len(numbers)))
+        parts.append(checked_scores(numbers, [completion] * len(numbers), allow_nonfinite))
     return parts
 
 
-def checked_scores(scores: Sequence[float], completions: Sequence[str]) -> np.ndarray:
+def checked_scores(
+    scores: Sequence[float], completions: Sequence[str], allow_nonfinite: bool = False
+) -> np.ndarray:
     """Return the scores as an array after making sure that they keep the contract.
 
     Args:
         scores: what a reward function returned; anything that NumPy reads as B numbers.
         completions: the texts it was given, length B.
+        allow_nonfinite: let NaN and infinity pass.
 
     Returns:
         The scores, float64, shape (B,).
@@ -103,6 +111,6 @@ def checked_scores(scores: Sequence[float], completions: Sequence[str]) -> np.nd
             f"expected {len(completions)} scores, one per completion, got shape {array.shape}"
         )
     for score, completion in zip(array, completions, strict=True):
-        if not math.isfinite(score):
+        if not (allow_nonfinite or math.isfinite(score)):
             raise ValueError(f"expected a finite score, got {score} for completion {completion!r}")
     return array

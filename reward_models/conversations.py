@@ -4,12 +4,12 @@ A conversation is a list of messages {"role", "content"}, as in TRL; its complet
 assistant's first answer, and assistant and user take turns.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from reward_models.contract import asked_for
+from reward_models.contract import asked_for, told
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -50,21 +50,24 @@ class EachAnswer:
 
     Args:
         reward_fn: Any reward function of texts.
+        also: What else is asked for of `TOKENS`, for the episodes' information: whoever scores them
+            later may need it.
     """
 
-    def __init__(self, reward_fn: Callable[..., Any]) -> None:
-        self.reward_fn = reward_fn
+    def __init__(self, reward_fn: Callable[..., Any], also: Iterable[str] = ()) -> None:
+        self.reward_fn, self.also = reward_fn, set(also)
         self.__name__ = getattr(reward_fn, "__name__", type(reward_fn).__name__)
 
     @property
     def asks_for(self) -> set[str]:
-        """What the reward function asks for."""
-        return asked_for(self.reward_fn)
+        """What the reward function asks for, and what else is asked for."""
+        return asked_for(self.reward_fn) | self.also
 
     def __call__(
         self, *, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> Any:
         """Score B completions, texts or lists of messages; see `RewardFunction`."""
+        columns = told(self.reward_fn, columns)
         if completions and isinstance(completions[0], str):
             return self.reward_fn(prompts=prompts, completions=completions, **columns)
         found = _apart(zip(prompts, completions, strict=True), columns)

@@ -21,7 +21,8 @@ def test_terms_are_made_by_name_with_their_arguments() -> None:
     }
     reward = weighted_sum(settings, shouting)
     assert reward.names == list(settings)
-    parts = reward.parts(**BATCH)
+    texts = (BATCH[name] for name in ("prompts", "completions"))
+    parts = reward.parts(*texts, {"reference": BATCH["reference"]})
     np.testing.assert_allclose(parts, [[0, 1], [0.5, 1], [-2, 0], [1, 1]])  # 1 of 3 words, of 1
     np.testing.assert_allclose(reward(**BATCH), [0.25 - 0.2 + 1, 2 + 0.5 + 1])
 

@@ -132,9 +132,11 @@ def test_a_weighted_sum_adds_whole_scores_at_the_last_token() -> None:
     assert total.asks_for == {"completion_ids"}
     told = {"prompts": [">"] * 2, "completions": ["ab", "b"]}
     scores = total(**told, completion_ids=[[0, 1, EOS], [1]])
-    assert scores == [[2.0, 0.0, 20.5], [10.0]]
+    assert scores == [[2.0, 0.0, 20.5], 10.0]
     total.set_weight(1, 0.0)
-    assert total(**told, completion_ids=[[0, 1, EOS], [1]]) == [[2.0, 0.0, 0.5], [0.0]]
+    assert total(**told, completion_ids=[[0, 1, EOS], [1]]) == [[2.0, 0.0, 0.5], 0.0]
+    some = WeightedSum([(lambda completion_ids, **_: [[1.0, 2.0, 3.0], 4.0], 1), (whole, 1)])
+    assert some(**told, completion_ids=[[0, 1, EOS], [0, EOS]]) == [[1.0, 2.0, 5.0], 5.0]
     two = WeightedSum([(of_tokens, 1), (lambda completion_ids, **_: [[1.0, 1.0]], 1)])
     with pytest.raises(ValueError, match="expected scores of 3 tokens, got 2"):
         two(prompts=[">"], completions=["ab"], completion_ids=[[0, 1, EOS]])

@@ -72,8 +72,9 @@ class TextEnvironment(gym.Env[np.ndarray, int]):
     included), and the prompt's further columns under their own names. With several turns also
     `messages`, the whole conversation, and `n_turns`, the agent's part of it; `completion` is what
     the agent said in all turns, a line break between them, `n_tokens` what it wrote in all turns,
-    and `finish_reason` the last turn's. Also `token_scores`, a list of `n_tokens` numbers whose sum
-    is the score, where the reward function gave such.
+    and `finish_reason` the last turn's. Also what the reward function was told of tokens, where it
+    asked, and `token_scores`, a list of `n_tokens` numbers whose sum is the score, where it gave
+    such.
 
     ## Arguments
     - `tokenizer`: a transformers tokenizer, or the folder or hub id of one.

@@ -326,13 +326,12 @@ class Episodes:
                 for prompt, messages in zip(prompts, said, strict=True)
             ]
         n_tokens = (self.written[rows] + self.lengths[rows] - self.starts[rows]).tolist()
-        for name in self.task.asked_for:
-            columns[name] = self._tokens(name, rows, texts)
+        told = {name: self._tokens(name, rows, texts) for name in self.task.asked_for}
         scores = score(
             self.task.reward_fn,
             *scored,
-            columns,
-            n_tokens if self.task.asked_for else None,
+            columns | told,
+            n_tokens if told else None,
             self.task.allow_nonfinite,
         )
         return {
@@ -343,6 +342,7 @@ class Episodes:
                 "finish_reason": FINISH_REASONS[reasons[i]],
                 "n_tokens": n_tokens[i],
                 **conversations[i],
+                **{name: values[i] for name, values in told.items()},
                 **copy.deepcopy(prompts[i].columns),  # users keep and change infos
             }
             for i, row in enumerate(rows)

@@ -385,11 +385,16 @@ def load_texts(path: str | Path, refused: list[str] | None = None) -> list[str]:
     return [whole_text(example) for example in load_examples(path, refused)]
 
 
+def parts_of(example: Example) -> list[str]:
+    """Return the texts of an example that are tokenised one by one; of a chat, what is said."""
+    if isinstance(example, str):
+        return [example]
+    return [part if isinstance(part, str) else str(part["content"]) for part in example]
+
+
 def whole_text(example: Example) -> str:
     """Return prompt and completion joined, or what is said in a conversation, a line a message."""
-    if isinstance(example, list):
-        return "\n".join(str(message["content"]) for message in example)
-    return "".join(example)
+    return ("\n" if isinstance(example, list) else "").join(parts_of(example))
 
 
 def _conversation(item: Mapping[str, Any], place: str) -> list[Message]:

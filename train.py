@@ -338,7 +338,8 @@ def train_policy(common: Common, settings: PPO) -> None:
             facts["card"] = card_of(common, settings, policy, model, env)
             if vocabulary:
                 facts["card"]["limits"] = [RESTRICTED.format(int(env.allowed_tokens.sum()))]
-            write_card(made / "policy", facts["card"])
+            if (made / "policy").exists():  # else it is in its place already, with its card
+                write_card(made / "policy", facts["card"])
         if first and not (facts["episodes"] and steps):
             raise RuntimeError(
                 f"nothing was trained: expected finished episodes and optimizer steps, got "
@@ -1442,7 +1443,8 @@ MEASURING = ("kl_budget", "kl_weight", "n_prompts", "evaluations")
 """Settings of a search that stay as they began, beside those of PPO."""
 
 UNTUNED = (
-    "policy", "reference", "reward_model", "prompts", "vocabulary", "resume", "stop_on", "shard",
+    "policy", "reference", "reward_model", "reward", "prompts", "vocabulary", "resume", "stop_on",
+    "shard",
     "save_every", "checkpoint_every", "checkpoint_keep", "merge_lora",
 )  # fmt: skip
 """Settings of PPO that are not searched."""

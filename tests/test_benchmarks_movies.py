@@ -52,6 +52,12 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch) -> None:
+    """Compute in float32 where the processor has bfloat16 too: figures are compared."""
+    monkeypatch.setattr(movies.train, "dtype_of", lambda common: "float32")
+
+
 @pytest.fixture
 def task(folder, monkeypatch) -> Movies:
     """The task, with a lexicon of one letter."""

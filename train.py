@@ -541,10 +541,16 @@ def digest_of(source: str | Path) -> str:
 
 
 def digest_of_reward(common: Common, settings: PPO) -> str:
-    """Return a digest of the reward: its terms, and the reward model if it is one of them."""
+    """Return a digest of the reward: its terms, and the models that they are made of."""
     digest = [] if settings.reward is None else [json.dumps(settings.reward)]
-    if "learned" in by_name(settings.reward):
-        digest.append(digest_of(settings.reward_model or folder_of(common) / "reward_model"))
+    own = {
+        "learned": settings.reward_model or folder_of(common) / "reward_model",
+        "likelihood": folder_of(common) / "sft",
+    }
+    terms = by_name(settings.reward)
+    digest += [
+        digest_of(own.get(name, name)) for name in terms if name in own or Path(name).is_dir()
+    ]
     return " ".join(digest)
 
 
@@ -929,14 +935,14 @@ def replies(
     """Return what writes after a text or conversation, as it grows, and if it takes the latter."""
     import numpy as np
 
-    from agents.language_model import load_named
+    from agents.language_model import load_named, most_positions
     from text_env import TextVecEnv
     from text_env.vocabulary import load_tokenizer
 
     assert settings.max_new_tokens is not None
     tokenizer, model = load_tokenizer(lm), load_named(lm)
     templated = getattr(tokenizer, "chat_template", None) is not None
-    positions = getattr(model.config, "max_position_embeddings", None) or LONGEST_CHAT
+    positions = most_positions(model) or LONGEST_CHAT
     env = TextVecEnv(
         num_envs=1,
         autoreset=False,

@@ -2206,9 +2206,14 @@ def notes(facts: dict[str, Any], groups: Iterable[str]) -> str:
 
 
 def shown_terms(terms: Terms) -> str:
-    """Say which terms a reward has, with their weights."""
-    named = {k: v if isinstance(v, dict) else {"weight": v} for k, v in by_name(terms).items()}
-    return " + ".join(f"{v.get('weight', 1.0):g} × {name}" for name, v in named.items())
+    """Say which terms a reward has, with their weights and arguments."""
+    shown = []
+    for name, given in by_name(terms).items():
+        arguments = dict(given) if isinstance(given, dict) else {"weight": given}
+        weight = arguments.pop("weight", 1.0)
+        further = ", ".join(f"{key} {value}" for key, value in arguments.items())
+        shown.append(f"{weight:g} × {name}" + f" ({further})" * bool(further))
+    return " + ".join(shown)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -2312,7 +2317,6 @@ def card_of(
         "chinese-reviews": "beginnings of Chinese reviews",
     }
     source = own[source_of(common)] if settings.prompts is None else settings.prompts.name
-    reward = ", ".join(f"{name} ({value})" for name, value in by_name(settings.reward).items())
     learned = str(settings.reward_model or folder / "reward_model")
     beta = f"{settings.kl_coef:g} score units per nat"
     if settings.target_ref_kl is not None:
@@ -2321,7 +2325,7 @@ def card_of(
     training = {
         "from": f"`{base_of(policy)}`",
         "prompts": f"{len(env.task.prompts)}, {source}",
-        "reward": reward if settings.reward else "learned",
+        "reward": shown_terms(settings.reward),
         "tokens written": str(model.num_timesteps),
         "KL penalty, β": beta,
         "learning rate": f"{settings.learning_rate:g}",

@@ -360,7 +360,8 @@ def training_env(
     from text_env import TextVecEnv
 
     skips = settings.on_nonfinite == "skip"
-    reward_fn = reward_function(common, settings.reward, settings.reward_model, skips)
+    models = (settings.reward_model, settings.reference)
+    reward_fn = reward_function(common, settings.reward, *models, skips)
     return TextVecEnv(
         num_envs=settings.n_envs // n_processes,
         autoreset=settings.n_steps is not None,
@@ -545,7 +546,7 @@ def digest_of_reward(common: Common, settings: PPO) -> str:
     digest = [] if settings.reward is None else [json.dumps(settings.reward)]
     own = {
         "learned": settings.reward_model or folder_of(common) / "reward_model",
-        "likelihood": folder_of(common) / "sft",
+        "likelihood": settings.reference or folder_of(common) / "sft",
     }
     terms = by_name(settings.reward)
     digest += [
@@ -595,11 +596,12 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         reference = settings.reference or str(left_by("sft", folder / "sft"))
         policy = settings.policy or str(left_by("ppo", folder / "policy"))
         prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
-        rewarder = reward_function(common, settings.reward, settings.reward_model)
+        models = (settings.reward_model, settings.reference)
+        rewarder = reward_function(common, settings.reward, *models)
         facts["reward"] = settings.reward
         scorers: dict[str, Callable[..., Any]] = {"score": rewarder}
         for name in settings.metrics:
-            scorers[name] = reward_function(common, name, settings.reward_model)
+            scorers[name] = reward_function(common, name, *models)
         if settings.judge or (folder / "judge").exists():
             judge = LearnedRewardModel.load(settings.judge or folder / "judge", device_of(common))
             scorers["judge"] = lambda prompts, completions, **_: judge.human_scale(
@@ -855,7 +857,11 @@ def by_name(terms: Terms) -> dict[str, Any]:
 
 
 def reward_function(
-    common: Common, terms: Terms, reward_model: str | None, allow_nonfinite: bool = False
+    common: Common,
+    terms: Terms,
+    reward_model: str | None,
+    reference: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> Callable[..., Any]:
     """Return the reward function that settings ask for.
 
@@ -863,6 +869,7 @@ def reward_function(
         common: Whose run has the reward model and the warm start that terms may mean.
         terms: As in `PPO.reward`.
         reward_model: Folder or hub id of what `learned` means; None: the run's.
+        reference: Of the model that `likelihood` asks; None: the run's warm start.
         allow_nonfinite: Let terms score NaN, for an agent that leaves such episodes out.
     """
     from agents.language_model import load_named
@@ -876,9 +883,9 @@ def reward_function(
             learned = reward_model or left_by("reward", folder_of(common) / "reward_model")
             return load_reward_model(learned, device_of(common))
         if name == "likelihood":
-            sft = str(left_by("sft", folder_of(common) / "sft"))
-            lm = load_named(sft).to(device_of(common))
-            return LogLikelihood(lm, load_tokenizer(sft), dtype_of(common))
+            asked = reference or str(left_by("sft", folder_of(common) / "sft"))
+            lm = load_named(asked).to(device_of(common))
+            return LogLikelihood(lm, load_tokenizer(asked), dtype_of(common))
         return named_reward(common, name)
 
     if not isinstance(terms, dict) and (terms or "learned") not in TERMS:

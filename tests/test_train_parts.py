@@ -146,6 +146,20 @@ def test_cards_name_what_a_model_was_made_from_through_the_warm_start(tmp_path) 
     assert train.base_of(str(tmp_path / "reward_model")) == "small-lm"
 
 
+def test_likelihood_is_by_the_reference_where_one_is_named(own, tmp_path) -> None:  # noqa: F811
+    """A loop's rounds have no warm start of their own."""
+    common = train.Common(run=tmp_path, device="cpu", dtype="float32")
+    with pytest.raises(FileNotFoundError, match=r"train\.py sft"):
+        train.reward_function(common, "likelihood", None)
+    reward = train.reward_function(common, {"likelihood": 1.0}, None, str(own / "lm"))
+    assert reward(prompts=["The film"], completions=[" is good."])[0] < 0
+    here, there = (
+        train.digest_of_reward(common, train.PPO(reward="likelihood", reference=lm))
+        for lm in (None, str(own / "lm"))
+    )
+    assert here != there
+
+
 def test_tuning_by_metrics_needs_no_reward_model(tmp_path) -> None:
     (tmp_path / "sft").mkdir()
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")

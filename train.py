@@ -361,7 +361,8 @@ def training_env(
     from text_env import TextVecEnv
 
     skips = settings.on_nonfinite == "skip"
-    reward_fn = reward_function(common, settings.reward, settings.reward_model, skips)
+    models = (settings.reward_model, settings.reference)
+    reward_fn = reward_function(common, settings.reward, *models, skips)
     return TextVecEnv(
         num_envs=settings.n_envs // n_processes,
         autoreset=settings.n_steps is not None,
@@ -542,10 +543,16 @@ def digest_of(source: str | Path) -> str:
 
 
 def digest_of_reward(common: Common, settings: PPO) -> str:
-    """Return a digest of the reward: its terms, and the reward model if it is one of them."""
+    """Return a digest of the reward: its terms, and the models that they are made of."""
     digest = [] if settings.reward is None else [json.dumps(settings.reward)]
-    if "learned" in by_name(settings.reward):
-        digest.append(digest_of(settings.reward_model or folder_of(common) / "reward_model"))
+    own = {
+        "learned": settings.reward_model or folder_of(common) / "reward_model",
+        "likelihood": settings.reference or folder_of(common) / "sft",
+    }
+    terms = by_name(settings.reward)
+    digest += [
+        digest_of(own.get(name, name)) for name in terms if name in own or Path(name).is_dir()
+    ]
     return " ".join(digest)
 
 
@@ -590,11 +597,12 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         reference = settings.reference or str(left_by("sft", folder / "sft"))
         policy = settings.policy or str(left_by("ppo", folder / "policy"))
         prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
-        rewarder = reward_function(common, settings.reward, settings.reward_model)
+        models = (settings.reward_model, settings.reference)
+        rewarder = reward_function(common, settings.reward, *models)
         facts["reward"] = settings.reward
         scorers: dict[str, Callable[..., Any]] = {"score": rewarder}
         for name in settings.metrics:
-            scorers[name] = reward_function(common, name, settings.reward_model)
+            scorers[name] = reward_function(common, name, *models)
         if settings.judge or (folder / "judge").exists():
             judge = LearnedRewardModel.load(settings.judge or folder / "judge", device_of(common))
             scorers["judge"] = lambda prompts, completions, **_: judge.human_scale(
@@ -850,7 +858,11 @@ def by_name(terms: Terms) -> dict[str, Any]:
 
 
 def reward_function(
-    common: Common, terms: Terms, reward_model: str | None, allow_nonfinite: bool = False
+    common: Common,
+    terms: Terms,
+    reward_model: str | None,
+    reference: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> Callable[..., Any]:
     """Return the reward function that settings ask for.
 
@@ -858,6 +870,7 @@ def reward_function(
         common: Whose run has the reward model and the warm start that terms may mean.
         terms: As in `PPO.reward`.
         reward_model: Folder or hub id of what `learned` means; None: the run's.
+        reference: Of the model that `likelihood` asks; None: the run's warm start.
         allow_nonfinite: Let terms score NaN, for an agent that leaves such episodes out.
     """
     from agents.language_model import load_named
@@ -871,9 +884,9 @@ def reward_function(
             learned = reward_model or left_by("reward", folder_of(common) / "reward_model")
             return load_reward_model(learned, device_of(common))
         if name == "likelihood":
-            sft = str(left_by("sft", folder_of(common) / "sft"))
-            lm = load_named(sft).to(device_of(common))
-            return LogLikelihood(lm, load_tokenizer(sft), dtype_of(common))
+            asked = reference or str(left_by("sft", folder_of(common) / "sft"))
+            lm = load_named(asked).to(device_of(common))
+            return LogLikelihood(lm, load_tokenizer(asked), dtype_of(common))
         return named_reward(common, name)
 
     if not isinstance(terms, dict) and (terms or "learned") not in TERMS:
@@ -930,14 +943,14 @@ def replies(
     """Return what writes after a text or conversation, as it grows, and if it takes the latter."""
     import numpy as np
 
-    from agents.language_model import load_named
+    from agents.language_model import load_named, most_positions
     from text_env import TextVecEnv
     from text_env.vocabulary import load_tokenizer
 
     assert settings.max_new_tokens is not None
     tokenizer, model = load_tokenizer(lm), load_named(lm)
     templated = getattr(tokenizer, "chat_template", None) is not None
-    positions = getattr(model.config, "max_position_embeddings", None) or LONGEST_CHAT
+    positions = most_positions(model) or LONGEST_CHAT
     env = TextVecEnv(
         num_envs=1,
         autoreset=False,
@@ -2202,9 +2215,14 @@ def notes(facts: dict[str, Any], groups: Iterable[str]) -> str:
 
 
 def shown_terms(terms: Terms) -> str:
-    """Say which terms a reward has, with their weights."""
-    named = {k: v if isinstance(v, dict) else {"weight": v} for k, v in by_name(terms).items()}
-    return " + ".join(f"{v.get('weight', 1.0):g} × {name}" for name, v in named.items())
+    """Say which terms a reward has, with their weights and arguments."""
+    shown = []
+    for name, given in by_name(terms).items():
+        arguments = dict(given) if isinstance(given, dict) else {"weight": given}
+        weight = arguments.pop("weight", 1.0)
+        further = ", ".join(f"{key} {value}" for key, value in arguments.items())
+        shown.append(f"{weight:g} × {name}" + f" ({further})" * bool(further))
+    return " + ".join(shown)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -2308,7 +2326,6 @@ def card_of(
         "chinese-reviews": "beginnings of Chinese reviews",
     }
     source = own[source_of(common)] if settings.prompts is None else settings.prompts.name
-    reward = ", ".join(f"{name} ({value})" for name, value in by_name(settings.reward).items())
     learned = str(settings.reward_model or folder / "reward_model")
     beta = f"{settings.kl_coef:g} score units per nat"
     if settings.target_ref_kl is not None:
@@ -2317,7 +2334,7 @@ def card_of(
     training = {
         "from": f"`{base_of(policy)}`",
         "prompts": f"{len(env.task.prompts)}, {source}",
-        "reward": reward if settings.reward else "learned",
+        "reward": shown_terms(settings.reward),
         "tokens written": str(model.num_timesteps),
         "KL penalty, β": beta,
         "learning rate": f"{settings.learning_rate:g}",

@@ -95,6 +95,7 @@ def config_of(settings: Mapping[str, Any]) -> PreTrainedConfig:
         )
     config = CONFIG_MAPPING[kind].from_dict(values)
     config._attn_implementation = settings["attention"]
+    config._name_or_path = settings["name"]
     return config
 
 

@@ -255,6 +255,7 @@ def model_settings(lm: PreTrainedModel) -> dict[str, Any]:
         "config": config,
         "attention": lm.config._attn_implementation,
         "generation": generation,
+        "name": lm.name_or_path,  # adapters saved alone say by it where their base model is
     }
 
 

@@ -153,6 +153,14 @@ class LearnedRewardModel:
                 )
         except SafetensorError as error:
             raise ValueError(f"{path_or_id}: expected weights as safetensors, {error}") from error
+        except ValueError as error:  # whose message may list a hundred kinds of models
+            said, unknown, _ = str(error).partition(" for this kind of AutoModel")
+            if not unknown:
+                raise
+            raise ValueError(
+                f"{path_or_id}: expected a model that transformers has as a sequence classifier "
+                f"({said}); give a reward model another backbone"
+            ) from error
         tokenizer = AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=False)
         tokenizer.truncation_side = "left"
         tokenizer.padding_side = "right"  # a decoder's head reads the last token that is no padding

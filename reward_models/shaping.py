@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from reward_models.composed import add_at_end
-from reward_models.contract import RewardFunction, ask, asked_for
+from reward_models.contract import TOKENS, RewardFunction, ask, asked_for
 
 
 class PotentialShaping:
@@ -80,7 +80,7 @@ class PotentialShaping:
         unfinished = {
             name: [column[row] for row, _ in places]
             for name, column in columns.items()
-            if not name.startswith("completion_")
+            if name not in TOKENS
         }
         values = ask(
             self.potential,

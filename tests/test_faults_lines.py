@@ -12,13 +12,13 @@ import pytest
 
 from reward_models import read_feedback
 from reward_models.feedback import tasks_from_jsonl
-from text_env.prompts import load_prompts, load_texts
+from text_env.prompts import load_examples, load_prompts
 
 N_LINES = 10_000
 
 READERS: dict[str, tuple[Callable, str]] = {
     "prompts": (load_prompts, '{"prompt": "The film %d", "reference": "good"}'),
-    "texts": (load_texts, '{"text": "The film %d is good"}'),
+    "texts": (load_examples, '{"text": "The film %d is good"}'),
     "feedback": (read_feedback, '{"prompt": "a", "completion": "b %d", "label": true}'),
     "comparison": (read_feedback, '{"prompt": "a", "chosen": "b %d", "rejected": "c"}'),
     "rating": (read_feedback, '{"completion": "b %d", "rating": 2, "scale": [1, 5]}'),

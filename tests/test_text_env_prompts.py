@@ -14,7 +14,7 @@ from text_env.prompts import (
     ShuffledOrder,
     beginning,
     load_examples,
-    load_texts,
+    whole_text,
 )
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}\n{% endfor %}a"
@@ -284,7 +284,14 @@ def test_examples_are_texts_or_pairs(tmp_path):
     )
     pairs = [("e", " f"), ("", "g"), ("h", "i"), ("k", "l")]
     assert load_examples(path) == ["ab", "cd", *pairs]
-    assert load_texts(path) == ["ab", "cd", "e f", "g", "hi", "kl"]
+    assert [whole_text(example) for example in load_examples(path)] == [
+        "ab",
+        "cd",
+        "e f",
+        "g",
+        "hi",
+        "kl",
+    ]
 
 
 @pytest.mark.parametrize(

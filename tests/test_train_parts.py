@@ -12,6 +12,7 @@ from test_train_card import run_lines
 from tokenizers import processors
 
 import train
+from reward_models import LearnedRewardModel
 
 COMMON = "--device cpu --dtype float32"
 SMALL = "--n_envs 4 --max_new_tokens 6 --min_new_tokens 1 --total_timesteps 32"
@@ -49,7 +50,7 @@ def task(own, tmp_path, monkeypatch) -> Path:  # noqa: F811
     return tmp_path
 
 
-def test_rewards_of_tokens_are_checked_paid_and_tabled_by_term(own, task, capsys) -> None:  # noqa: F811
+def test_rewards_of_tokens_are_checked_paid_and_tabled_by_term(own, task) -> None:  # noqa: F811
     run, prompts = f"--run {task}/run {COMMON}", f"--prompts {own}/prompts.txt"
     found = task / "check.json"
     line = f"check {run} {prompts} --max_new_tokens 8 --json {found} --reward"
@@ -122,6 +123,17 @@ def test_the_card_of_an_encoder_decoder_loads_it(own, task, lora) -> None:  # no
     card = ModelCard.load(task / "run/policy/README.md")
     assert card.data.pipeline_tag is None and "encoder-decoder" in card.text
     assert isinstance(run_lines(card.content, task / "run/policy"), str)
+    if lora:  # a training that goes on still knows whose adapters they are
+        do(f"ppo --resume {task}/run --total_timesteps 80")
+        assert isinstance(run_lines(card.content, task / "run/policy"), str)
+
+
+def test_a_model_that_is_no_classifier_is_refused_in_a_sentence(task) -> None:
+    config = tf.MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=2)
+    tf.MambaForCausalLM(config).save_pretrained(task / "mamba")
+    with pytest.raises(ValueError, match=r"Unrecognized configuration .*another backbone") as error:
+        LearnedRewardModel.from_pretrained(task / "mamba")
+    assert len(str(error.value)) < 400
 
 
 def test_cards_name_what_a_model_was_made_from_through_the_warm_start(tmp_path) -> None:
@@ -132,6 +144,20 @@ def test_cards_name_what_a_model_was_made_from_through_the_warm_start(tmp_path) 
     (tmp_path / "stages/reward.json").write_text('{"model": "sft"}')
     assert train.base_of(str(tmp_path / "sft")) == "small-lm"
     assert train.base_of(str(tmp_path / "reward_model")) == "small-lm"
+
+
+def test_likelihood_is_by_the_reference_where_one_is_named(own, tmp_path) -> None:  # noqa: F811
+    """A loop's rounds have no warm start of their own."""
+    common = train.Common(run=tmp_path, device="cpu", dtype="float32")
+    with pytest.raises(FileNotFoundError, match=r"train\.py sft"):
+        train.reward_function(common, "likelihood", None)
+    reward = train.reward_function(common, {"likelihood": 1.0}, None, str(own / "lm"))
+    assert reward(prompts=["The film"], completions=[" is good."])[0] < 0
+    here, there = (
+        train.digest_of_reward(common, train.PPO(reward="likelihood", reference=lm))
+        for lm in (None, str(own / "lm"))
+    )
+    assert here != there
 
 
 def test_tuning_by_metrics_needs_no_reward_model(tmp_path) -> None:

@@ -65,7 +65,7 @@ def test_a_task_of_metrics_alone_needs_no_reward_model(finished) -> None:
 
 def test_the_report_has_every_term_and_metric(finished) -> None:
     report = (finished / "report.md").read_text(encoding="utf-8")
-    assert "The score is made of 1 × rouge1 + 2 × exact + 0.1 × length;" in report
+    assert "The score is made of 1 × rouge1 + 2 × exact + 0.1 × length (high 3);" in report
     for name in ("score (the reward)", "rouge1", "exact", "length", "chrf", "perplexity under"):
         assert f"| {name} " in report, name
     found = json.loads((finished / "evaluation.json").read_text(encoding="utf-8"))

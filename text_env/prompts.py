@@ -380,11 +380,6 @@ def load_examples(path: str | Path, refused: list[str] | None = None) -> list[Ex
     return examples
 
 
-def load_texts(path: str | Path, refused: list[str] | None = None) -> list[str]:
-    """Read whole texts: as `load_examples`, joined by `whole_text`."""
-    return [whole_text(example) for example in load_examples(path, refused)]
-
-
 def parts_of(example: Example) -> list[str]:
     """Return the texts of an example that are tokenised one by one; of a chat, what is said."""
     if isinstance(example, str):

@@ -1439,7 +1439,9 @@ def told_to_trials(common: Common, settings: Tune, folder: Path) -> PPO:
         known = {json.dumps(row["prompt"]): row for row in rows}
         n = min(settings.n_prompts, len(known) // 2)
         if n < 1:
-            raise ValueError(f"expected two prompts or more, to hold some out, got {len(known)}")
+            raise ValueError(
+                f"expected two different prompts or more, to hold some out, got {len(known)}"
+            )
         held = set(random.Random(common.seed).sample(sorted(known), n))
         with atomic_folder(split) as made:
             rest = (row for row in rows if json.dumps(row["prompt"]) not in held)

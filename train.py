@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from reward_models import LearnedRewardModel
     from reward_models.ensemble import EnsembleReport
     from reward_models.feedback import Feedback, FeedbackStore, Task
+    from reward_models.feedback.tasks import Kind
     from reward_models.learned import FitReport
     from text_env import TextVecEnv
     from text_env.task import TextTask
@@ -218,6 +219,11 @@ def ppo(common: Common, settings: PPO) -> None:
     common.run = ranks.gather([common.run])[0]
     train_policy(common, settings)
     ranks.disconnect()
+    if settings.resume is not None and (settings.resume / "report.md").exists():
+        say(
+            f"{settings.resume}/report.md is of the policy before: python train.py evaluate "
+            f"--run {settings.resume} --overwrite true"
+        )
 
 
 def train_policy(common: Common, settings: PPO) -> None:
@@ -994,16 +1000,17 @@ def annotate(common: Common, settings: Annotate) -> None:
 
     if not settings.terminal:
         from reward_models.feedback.web import serve, set_up_account  # missing? now, not later
-    if settings.against is not None and settings.kind != "comparison":
-        raise ValueError(f"expected kind comparison with against, got {settings.kind}")
+    kind = settings.kind or "comparison"
+    if settings.against is not None and kind != "comparison":
+        raise ValueError(f"expected kind comparison with against, got {kind}")
     file = store_file(common, settings.store)
     with (
         FeedbackStore(file, common.seed, settings.gold_rate) as store,
         Accounts(file) as accounts,
     ):
         given = (settings.tasks, settings.policy, settings.against, settings.prompts)
-        if any(value is not None for value in given) or store.count_tasks() == 0:
-            tasks = tasks_to_ask(common, settings)
+        if any(value is not None for value in given) or store.count_tasks(settings.kind) == 0:
+            tasks = tasks_to_ask(common, settings, kind)
             overlap = (settings.overlap_share, settings.overlap_annotators)
             say(f"{store.add(tasks, *overlap)} new tasks")
         if settings.ensemble is not None:
@@ -1039,7 +1046,7 @@ def ask(question: str) -> str:
         raise ValueError("expected an answer at the terminal, which is not to be had") from None
 
 
-def tasks_to_ask(common: Common, settings: Annotate) -> "list[Task]":
+def tasks_to_ask(common: Common, settings: Annotate, kind: "Kind") -> "list[Task]":
     """Read tasks from a file, or sample them from one policy or two."""
     from reward_models.feedback import (
         tasks_from_completions,
@@ -1049,7 +1056,7 @@ def tasks_to_ask(common: Common, settings: Annotate) -> "list[Task]":
     from text_env.prompts import load_prompts
 
     if settings.tasks is not None:
-        tasks = tasks_from_jsonl(settings.tasks, settings.kind)
+        tasks = tasks_from_jsonl(settings.tasks, kind)
     else:
         set_up(common)
         folder, policy = folder_of(common), settings.policy
@@ -1064,7 +1071,7 @@ def tasks_to_ask(common: Common, settings: Annotate) -> "list[Task]":
         )
         mine = samples_of(common, settings, policy, prompts, settings.samples)
         if settings.against is None:
-            tasks = tasks_from_completions(mine, settings.kind, policy)
+            tasks = tasks_from_completions(mine, kind, policy)
         else:
             theirs = samples_of(common, settings, settings.against, prompts, settings.samples)
             tasks = tasks_side_by_side(mine, theirs, (policy, settings.against))
@@ -1152,7 +1159,8 @@ def forget(common: Common, settings: Forget) -> None:
     with FeedbackStore(file) as store, Accounts(file) as accounts:
         account = accounts.find(settings.name)
         pseudonym = settings.name if account is None else account.pseudonym
-        say(f"{store.forget(settings.name)} answers erased")
+        gone = "" if account is None else f", and the account {account.name}"
+        say(f"{store.forget(settings.name)} answers erased{gone}")
     for written in sorted(folder_of(common).glob("round-*/feedback.jsonl")):
         records = read_feedback(written)
         kept = [record for record in records if record.annotator != pseudonym]
@@ -1481,7 +1489,9 @@ def told_to_trials(common: Common, settings: Tune, folder: Path) -> PPO:
         known = {json.dumps(row["prompt"]): row for row in rows}
         n = min(settings.n_prompts, len(known) // 2)
         if n < 1:
-            raise ValueError(f"expected two prompts or more, to hold some out, got {len(known)}")
+            raise ValueError(
+                f"expected two different prompts or more, to hold some out, got {len(known)}"
+            )
         held = set(random.Random(common.seed).sample(sorted(known), n))
         with atomic_folder(split) as made:
             rest = (row for row in rows if json.dumps(row["prompt"]) not in held)
@@ -1766,15 +1776,19 @@ def refuse_to_replace(common: Common, name: str) -> None:
     paths = [folder_of(common) / made for stage in names for made in MAKES.get(stage, ())]
     there = [str(path) for path in paths if path.exists()]
     if there and not common.overwrite:
+        stages = list(MAKES) if name == "run" else list(MAKES)[list(MAKES).index(name) :]
         missing = [
             stage_name
-            for stage_name, made in MAKES.items()
-            if not any((folder_of(common) / part).exists() for part in made)
+            for stage_name in stages
+            if not any((folder_of(common) / part).exists() for part in MAKES[stage_name])
         ]
         go_on = f"python train.py {missing[0]} --run {folder_of(common)}" if missing else ""
+        if name == "ppo" and (folder_of(common) / "checkpoints").exists():
+            more = f"ppo --resume {folder_of(common)} --total_timesteps MORE"
+            go_on = " or ".join(["python train.py " + more, *([go_on] if missing else [])])
         raise FileExistsError(
             f"{', '.join(there)} exist already: choose another --run folder, or pass "
-            "--overwrite true" + (f"; the run could go on with: {go_on}" if missing else "")
+            "--overwrite true" + (f"; the run could go on with: {go_on}" if go_on else "")
         )
 
 

@@ -474,7 +474,7 @@ class ResumablePPO(PPO):
             warnings.warn(
                 f"total_timesteps: {self._total_timesteps} in the checkpoint, {total_timesteps} "
                 "from now on: schedules go by it",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def dump_logs(self, iteration: int = 0) -> None:

@@ -46,9 +46,10 @@ def write_report(results: Results, out: Path) -> Path:
     parts = ["# Baselines", f"{len(results)} runs. Machine: {machine(1)} (one thread a run)."]
     if small:
         parts += [table(small, scores), NOTE]
-        parts += ["![learning curves](baselines.png)", "![all tasks](baselines-all.png)"]
+        parts.append("![learning curves](baselines.png)")
         draw_curves(small, tasks, out / "baselines.png")
-        draw_summary(comparable(small, scores), out / "baselines-all.png")
+        if draw_summary(comparable(small, scores), out / "baselines-all.png"):
+            parts.append("![all tasks](baselines-all.png)")
     if movies:
         errors = [p["judge_error"] for r in movies for p in r["points"] if "judge_error" in p]
         prompts = movies[0]["settings"]["task"]["n_prompts"]
@@ -226,15 +227,19 @@ def draw_curves(results: Results, tasks: Sequence[str], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_summary(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Draw the interquartile means over all tasks, and the performance profiles."""
+def draw_summary(scores: dict[str, dict[str, np.ndarray]], path: Path) -> bool:
+    """Draw the interquartile means over all tasks, and the performance profiles, if there are any.
+
+    Returns:
+        Whether there were: one run each tells nothing of chance.
+    """
     names = [
         name
         for name in dict.fromkeys(name for found in scores.values() for name in found)
         if all(name in found and len(found[name]) > 1 for found in scores.values())
     ]
-    if not names:  # one run each tells nothing of chance
-        return
+    if not names:
+        return False
     runs = min(len(found[name]) for found in scores.values() for name in names)
     stacked = {
         name: np.stack([found[name][:runs] for found in scores.values()], axis=1) for name in names
@@ -262,6 +267,7 @@ def draw_summary(scores: dict[str, dict[str, np.ndarray]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+    return True
 
 
 def draw_over_optimisation(movies: Results, longer: Results, path: Path) -> None:

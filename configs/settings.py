@@ -275,10 +275,12 @@ class Annotate(Writing):
 
     store: Path | None = None
     """Where tasks and answers are kept. None: the run's feedback.sqlite."""
-    kind: Literal["comparison", "rating", "label"] = "comparison"
-    """What is asked: which of two is better, how good one is from 1 to 5, or whether it is good."""
+    kind: Literal["comparison", "rating", "label"] | None = None
+    """What is asked: which of two is better, how good one is from 1 to 5, or whether it is good.
+    None: what the store has tasks of, or else comparisons."""
     tasks: Path | None = None
-    """Completions to ask about (.jsonl). None: samples of the policy, if the store has no task."""
+    """Completions to ask about (.jsonl). None: samples of the policy, if the store has no task, or
+    none of that kind."""
     policy: str | None = None
     """Whose samples are asked about. None: the run's policy/, or its sft/."""
     against: str | None = None

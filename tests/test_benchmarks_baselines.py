@@ -240,8 +240,10 @@ def test_the_report_is_written(tmp_path) -> None:
     ]
     text = write_report(results, tmp_path).read_text()
     assert "| TokenPPO | 0.10 [0.00, 0.20] | 1* |" in text and "| DQN |" in text
+    assert "baselines-all.png" in text
     (one, *_) = results
-    write_report([one], tmp_path / ".")  # a single run draws no summary, and that is all
+    alone = write_report([one], tmp_path / ".").read_text()
+    assert "baselines-all.png" not in alone  # a single run draws no summary, and that is all
     for name in ("baselines.png", "baselines-all.png", "baselines.csv", "baselines.json"):
         assert (tmp_path / name).stat().st_size > 100
 

@@ -67,10 +67,26 @@ def test_from_samples_to_answers_to_a_file_and_away(run, own, monkeypatch, capsy
     assert command(line, run) == 0
     assert len(read_feedback(run / "answers.jsonl")) == 3
     assert command("feedback forget Ann", run) == 0
-    assert "4 answers erased" in capsys.readouterr().out
+    assert "4 answers erased, and the account ann" in capsys.readouterr().out
     assert command("feedback forget Ann", run) == 1
     assert command(f"feedback import {run}/answers.jsonl", run) == 0
     assert "3 new answers of 3" in capsys.readouterr().out
+
+
+def test_a_kind_that_the_store_has_no_task_of_is_sampled(run, own, monkeypatch, capsys) -> None:  # noqa: F811
+    (run / "tasks.jsonl").write_text(json.dumps({"prompt": "A", "completions": ["b", "c"]}))
+    keys(monkeypatch, "1")
+    assert command(f"annotate --terminal true --tasks {run}/tasks.jsonl", run) == 0
+    asked = "sampled and not comparisons again"
+    monkeypatch.setattr(train, "tasks_to_ask", lambda *_: [Task("rating", "A", (asked,))])
+    capsys.readouterr()
+    keys(monkeypatch)
+    assert command("annotate --terminal true --kind rating", run) == 0
+    assert "1 new tasks" in capsys.readouterr().out
+    for line in ("annotate --terminal true --kind rating", "annotate --terminal true"):
+        assert command(line, run) == 0
+        out = capsys.readouterr().out
+        assert asked in out and "new tasks" not in out
 
 
 @pytest.mark.slow

@@ -74,6 +74,9 @@ def test_a_stopped_run_goes_on_and_is_the_same(own, tmp_path, monkeypatch, capsy
     assert {p.name for p in a.iterdir()} >= {p.name for p in b.iterdir()} - {"config-ppo.yaml"}
     assert max(p.name for p in (b / "checkpoints").glob("step-*")) == "step-00000256"
     assert not (b / "ppo.unfinished").exists()
+    assert train.main(line(own, b)) == 1
+    said = f"could go on with: python train.py ppo --resume {b} --total_timesteps MORE or"
+    assert said in capsys.readouterr().err
     # a finished run has nothing left to do, unless it is to have more tokens
     assert train.main(["ppo", "--resume", str(b)]) == 1
     assert "is finished, with 256 tokens: expected more" in capsys.readouterr().err
@@ -83,7 +86,10 @@ def test_a_stopped_run_goes_on_and_is_the_same(own, tmp_path, monkeypatch, capsy
             assert train.main(["ppo", "--resume", str(b), "--total_timesteps", "384"]) == 143
     assert json.loads((b / "stages/ppo.json").read_text())["tokens"] == 256
     # stopped once more, it knows how many tokens it is to have
+    (b / "report.md").touch()
+    capsys.readouterr()
     assert train.main(["ppo", "--resume", str(b)]) == 0
+    assert f"{b}/report.md is of the policy before" in capsys.readouterr().out
     assert len(rows(b)) == 6 and json.loads((b / "stages/ppo.json").read_text())["tokens"] == 384
     assert rows(b)[:4] == rows(a) and not (b / "ppo.unfinished").exists()
 

@@ -244,10 +244,12 @@ class FeedbackStore:
             left = count_left(connection, annotator, time.time() - self._expire_after)
         return Progress(answered, skipped, left)
 
-    def count_tasks(self) -> int:
-        """How many tasks there are, those that came in with their answers not counted."""
+    def count_tasks(self, kind: Kind | None = None) -> int:
+        """How many tasks there are (of a kind), those that came in with their answers left out."""
         with self._database.reading() as connection:
-            return connection.execute("SELECT count(*) FROM tasks WHERE wanted > 0").fetchone()[0]
+            return connection.execute(
+                "SELECT count(*) FROM tasks WHERE wanted > 0 AND (?1 IS NULL OR kind = ?1)", (kind,)
+            ).fetchone()[0]
 
     def count_open(self, origin: str, most: int) -> tuple[int, int]:
         """How many tasks there are from an origin, and how many of them still lack an answer.

@@ -330,6 +330,6 @@ def test_a_client_that_does_not_wait_is_no_failure_of_the_reward(caplog) -> None
         assert asked.wait(5)
         client.close()
         gone.set()
-    assert [record.getMessage() for record in caplog.records] == [
-        "127.0.0.1 did not wait for its scores"
-    ]
+    # train.py, in another test of this process, lets each answer be logged as information
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["127.0.0.1 did not wait for its scores"]

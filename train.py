@@ -1319,7 +1319,7 @@ def loop(common: Common, settings: Loop) -> None:
         if not is_done(turn, "ppo"):
             how = replace(settings.ppo, policy=policy, reward_model=str(model))
             if any(here.glob("ppo.unfinished/checkpoints/step-*")):
-                how = as_begun(turn, replace(how, resume=here), ())
+                how = as_begun(turn, replace(how, resume=here), asked=("resume",))
             ppo(turn, how)
         if not is_done(turn, "evaluate"):
             evaluate(turn, settings.evaluate)

@@ -202,9 +202,16 @@ class Database:
                 connection.execute(f"PRAGMA user_version = {len(_STEPS)}")
 
     def _check_version(self) -> int:
-        version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        application = self._connection.execute("PRAGMA application_id").fetchone()[0]
-        tables = self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+        within = self._connection.in_transaction
+        if not within:  # all three of one state: another process may be making the file
+            self._connection.execute("BEGIN")
+        try:
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            application = self._connection.execute("PRAGMA application_id").fetchone()[0]
+            tables = self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+        finally:
+            if not within:
+                self._connection.execute("COMMIT")
         if application != _APPLICATION_ID and (application or version or tables):
             raise StoreError(f"{self.path}: expected a feedback store, got another SQLite file")
         if version > len(_STEPS):

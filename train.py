@@ -1418,8 +1418,8 @@ MEASURING = ("kl_budget", "kl_weight", "n_prompts", "evaluations")
 """Settings of a search that stay as they began, beside those of PPO."""
 
 UNTUNED = (
-    "policy", "reference", "reward_model", "prompts", "vocabulary", "resume", "stop_on", "shard",
-    "save_every", "checkpoint_every", "checkpoint_keep", "merge_lora",
+    "policy", "reference", "reward_model", "reward", "prompts", "vocabulary", "resume", "stop_on",
+    "shard", "save_every", "checkpoint_every", "checkpoint_keep", "merge_lora",
 )  # fmt: skip
 """Settings of PPO that are not searched."""
 

@@ -1465,8 +1465,7 @@ MEASURING = ("kl_budget", "kl_weight", "n_prompts", "evaluations")
 
 UNTUNED = (
     "policy", "reference", "reward_model", "reward", "prompts", "vocabulary", "resume", "stop_on",
-    "shard",
-    "save_every", "checkpoint_every", "checkpoint_keep", "merge_lora",
+    "shard", "save_every", "checkpoint_every", "checkpoint_keep", "merge_lora",
 )  # fmt: skip
 """Settings of PPO that are not searched."""
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.language_model import Reference, TokenModel
+from agents.language_model import Reference, TokenModel, check_positions
 from agents.masks import ActionMasks
 from agents.policy import CausalLMPolicy
 from agents.sequences import PAD, TokenBatch, pad_right
@@ -24,7 +24,8 @@ def write_episodes(
     Args:
         policy: Who writes.
         env: A text environment that holds rows at their end (`TextVecEnv(autoreset=False)`); in
-            one that goes on, the first episode of each row is taken.
+            one that goes on, the first episode of each row is taken. Its prompts may be longer or
+            shorter than those of the environment that the policy was made for.
         reference: What the divergence is measured to.
         deterministic: Take the likeliest token instead of sampling.
 
@@ -35,13 +36,17 @@ def write_episodes(
     """
     obs = env.reset()
     assert isinstance(obs, np.ndarray)
+    check_positions(policy.lm, obs.shape[1])
+    policy.set_training_mode(False)
     states: list[np.ndarray] = []  # (n_envs,) per step: the column that each row's token follows
     masks = ActionMasks(env, policy.device) if env.has_attr("action_masks") else None
     mask_ids: list[np.ndarray] = []  # (n_envs,) per step
     ended: dict[int, tuple[dict[str, Any], int]] = {}  # info, steps
     while len(ended) < env.num_envs:
         allowed = None if masks is None else masks.ask().cpu().numpy()
-        tokens, _ = policy.predict(obs, deterministic=deterministic, action_masks=allowed)
+        with th.no_grad():  # as `predict`, which would require the width that it was made for
+            ids_now = th.as_tensor(obs, device=policy.device)
+            tokens = policy._predict(ids_now, deterministic, allowed).cpu().numpy()
         if masks is not None:
             mask_ids.append(masks.mask_id)
         states.append((obs != PAD).sum(axis=1) - 1)

@@ -15,7 +15,7 @@ SPACE = "learning_rate: {low: 0.0001, high: 0.01, log: true}\nn_epochs: [1, 2]\n
 @pytest.fixture
 def line(own, tmp_path) -> list[str]:  # noqa: F811
     (tmp_path / "space.yaml").write_text(SPACE)
-    prompts = [" ".join(text.split()[:5]) for text in SENTENCES]
+    prompts = [" ".join(text.split()[: 3 + i % 3]) for i, text in enumerate(SENTENCES)]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     return (
         f"tune --run {tmp_path}/run --space {tmp_path}/space.yaml --judge {own}/encoder "

@@ -7,7 +7,7 @@ environment `gym.make("TextEnvironment", texts=…, rewards=…)` whose reward i
 5, PPO, the mean reward on a test set. Here they are, in that order, as they have to be to work;
 what had to be corrected is said at each step, and together in docs/article.md. With `--ask` you
 give the scores; without it they come from article_ratings.csv, which we wrote and rated ourselves.
-Four to five minutes on 2 cores; models are fetched once (180 MB).
+Three minutes on 2 cores; models are fetched once (180 MB).
 """
 
 import argparse

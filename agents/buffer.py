@@ -182,6 +182,20 @@ class TokenRolloutBuffer(RolloutBuffer):
         self._fill_to(n_steps)
         self._goes_on = True
 
+    def observations(self) -> Iterator[np.ndarray]:
+        """Yield what was seen at each stored step, (n_envs, L) ids, from the first to the last."""
+        obs = np.full((self.n_envs, *self.obs_shape), PAD, dtype=np.int64)
+        for step in range(self.pos):
+            length = self.lengths[step]
+            begins = (self.episode_starts[step] > 0) | (step == 0) | (length == 0)
+            obs[begins] = PAD
+            known = np.where(begins, 0, self.lengths[step - 1] + 1)
+            gone_on = np.flatnonzero(~begins)
+            obs[gone_on, known[gone_on] - 1] = self.actions[step - 1, gone_on]
+            for row in np.flatnonzero(length > known).tolist():
+                obs[row, known[row] : length[row]] = self._contexts[row, step]
+            yield obs.copy()
+
     def drop(self) -> None:
         """Let the next `reset` empty the buffer, whatever `set_state` has put there."""
         self._goes_on = False

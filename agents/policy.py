@@ -203,6 +203,13 @@ class CausalLMPolicy(TokenModel, ActorCriticPolicy):
         if self.value_network is not None:
             self.value_network.decoder.forget()
 
+    @th.no_grad()
+    def follow(self, obs: th.Tensor) -> None:
+        """Decode observations (n, L) as `forward` does, without choosing tokens: to cache them."""
+        self.last_hidden(obs)
+        if self.value_network is not None:
+            self.value_network.last_hidden(obs)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Come back from a copy or a pickle: optimizers leave their hooks behind there."""
         super().__setstate__(state)

@@ -1,9 +1,9 @@
 """What lets a PPO be stopped between any two tokens and go on as if it never had been.
 
 `save` and `load` have SB3's names and another format: a checkpoint folder (`agents.checkpoint`)
-in the place of a zip with pickles in it. What numerics depend on beyond the state, the decoder's
-cache say, is dropped where a checkpoint is made, in the running process too: it goes on from the
-same point as one that loads the checkpoint.
+in the place of a zip with pickles in it. A save changes nothing in the run that makes it. What is
+cached of a rollout's tokens is not stored: a model that goes on decodes the rollout's steps again,
+one by one, as they were decoded first, since another way would give other last digits.
 """
 
 import time
@@ -121,7 +121,6 @@ class ResumablePPO(PPO):
             if self.shard:
                 self.gather_parameters(keep=False)
             return
-        self.policy.forget()
         with self._at_rest() as exact:
             state, tensors = training_state(self, exact, facts or {})
         write_checkpoint(path, state, tensors)

@@ -360,6 +360,8 @@ class TokenPPO(ResumablePPO):
         self._num_timesteps = state["progress"]["num_timesteps"]
         if masks is not None and "masks" in tensors["rollout"]:
             masks.know(tensors["rollout"]["masks"])
+        for obs in self.rollout_buffer.observations():  # until what is cached is the same, to a bit
+            self.policy.follow(obs_as_tensor(obs, self.device))
         self._step_seen = -1
         return self.rollout_buffer.pos
 

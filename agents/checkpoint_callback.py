@@ -32,7 +32,7 @@ class StoppedBySignal(Exception):
 class CheckpointFolderCallback(BaseCallback):
     """Saves checkpoints between rollouts, and keeps the last few and the best.
 
-    A checkpoint changes nothing in the run that makes it, and one that goes on from it is identical.
+    A checkpoint changes nothing in the run that makes it; one that goes on from it is identical.
     """
 
     model: ResumablePPO

@@ -201,3 +201,22 @@ def paths_that_differ(a: Any, b: Any, place: str) -> list[str]:
         keys = sorted(set(a) | set(b))
         return [x for k in keys for x in paths_that_differ(a.get(k), b.get(k), f"{place}.{k}")]
     return [] if repr(a) == repr(b) else [place]
+
+
+class Seen(BaseCallback):
+    """Keeps the observations of a rollout, and those that its buffer makes of what is stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def _on_rollout_start(self) -> None:
+        self.seen: list[np.ndarray] = []
+
+    def _on_step(self) -> bool:
+        self.seen.append(self.model._last_obs.copy())
+        return True
+
+    def _on_rollout_end(self) -> None:
+        made = self.model.rollout_buffer.observations()
+        self.pairs += zip(self.seen, made, strict=True)

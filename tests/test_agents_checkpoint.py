@@ -10,6 +10,7 @@ import gymnasium as gym
 import pytest
 import torch as th
 from checkpoint_fixtures import (
+    Seen,
     Watch,
     count_a,
     decay,
@@ -434,3 +435,14 @@ def test_another_machine_is_named(saved, tmp_path) -> None:
     write_checkpoint(tmp_path / "model", state, tensors)
     with pytest.warns(UserWarning, match=r"threads 7 \(now 1\): training goes on, but not"):
         TokenPPO.load(tmp_path / "model", learning_rate=decay, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("env", "changes"),
+    [(make_env, {}), (held_env, {"whole_episodes": True})],
+    ids=["cut", "held"],
+)
+def test_a_buffer_knows_what_was_seen_at_each_step(env, changes) -> None:
+    model, seen = make_model_of(TokenPPO, env(), changes), Seen()
+    model.learn(TOTAL, callback=seen)
+    assert len(seen.pairs) >= 24 and all((obs == made).all() for obs, made in seen.pairs)

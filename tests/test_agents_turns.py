@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch as th
-from checkpoint_fixtures import Watch, decay, differences, make_model, result, run
+from checkpoint_fixtures import Seen, Watch, decay, differences, make_model, result, run
 from conftest import letter_tokenizer, tiny_gpt2
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -224,6 +224,12 @@ def test_a_run_stopped_in_mid_conversation_goes_on_as_if_it_never_had(tmp_path, 
     callback = Watch(tmp_path / "again", [])
     rows = run(again, 80, callback, go_on=True)
     assert differences(never, result(again, tmp_path / "b", rows, callback)) == []
+
+
+def test_the_buffer_knows_what_was_seen_at_each_step_users_turns_and_all() -> None:
+    model, seen = model_of(), Seen()
+    model.learn(80, callback=seen)
+    assert len(seen.pairs) >= 24 and all((obs == made).all() for obs, made in seen.pairs)
 
 
 def test_the_buffer_keeps_what_was_inserted_in_its_state_and_checks_continuity() -> None:

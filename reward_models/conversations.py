@@ -86,24 +86,29 @@ def answers_of(episodes: Sequence[Mapping[str, Any]], columns: Sequence[str] = (
         columns: Names of further values.
     """
     given = {name: [episode[name] for episode in episodes] for name in columns}
-    return _apart(map(_parts, episodes), given)
+    return _apart(map(parts, episodes), given)
 
 
 def readable(episode: Mapping[str, Any]) -> dict[str, Any]:
     """Return an episode whose `prompt` and `completion` can be read, without a template's marks."""
-    if "messages" not in episode:
+    if not _has_turns(episode):
         return dict(episode)
-    before, messages = _parts(episode)
+    before, messages = parts(episode)
     said = [f"**{m['role']}:** {m['content']}" for m in messages[1:]]
     completion = "\n".join([messages[0]["content"], *said])
     return {**episode, "prompt": _said(before), "completion": completion}
 
 
-def _parts(episode: Mapping[str, Any]) -> tuple[Any, Any]:
-    if "messages" not in episode:
+def parts(episode: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return a finished episode's prompt and completion: texts, or, of several turns, messages."""
+    if not _has_turns(episode):
         return episode["prompt"], episode["completion"]
     start = len(episode["messages"]) - 2 * episode["n_turns"] + 1
     return episode["messages"][:start], episode["messages"][start:]
+
+
+def _has_turns(episode: Mapping[str, Any]) -> bool:
+    return "messages" in episode and "n_turns" in episode  # a column may be called `messages`
 
 
 def _apart(pairs: Any, columns: Mapping[str, Sequence[Any]]) -> Answers:

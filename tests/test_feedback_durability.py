@@ -146,7 +146,7 @@ def test_a_migration_that_fails_leaves_the_file_as_it_was(
         with pytest.raises(StoreError, match=r"f.db: no such table: missing; .* not saved"):
             FeedbackStore(path)
     with FeedbackStore(path) as store, store._database.reading() as connection:
-        assert len(connection.execute("SELECT * FROM tasks").fetchone()) == 11
+        assert len(connection.execute("SELECT * FROM tasks").fetchone()) == 12
 
 
 def test_a_newer_store_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_a_newer_store_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(database, "_STEPS", (*database._STEPS, ()))
         one_answer(path)
-    with pytest.raises(StoreError, match="expected a store of version 1 or older, got 2"):
+    with pytest.raises(StoreError, match="expected a store of version 2 or older, got 3"):
         FeedbackStore(path)
 
 

@@ -4,6 +4,7 @@ What is learned from it is not here.
 """
 
 from reward_models.feedback.accounts import Account, Accounts
+from reward_models.feedback.chats import Chat, Message, chats_of
 from reward_models.feedback.conversion import read_ratings_csv, write_ratings_csv
 from reward_models.feedback.database import (
     AlreadyAnswered,
@@ -29,6 +30,7 @@ from reward_models.feedback.tasks import (
     tasks_from_completions,
     tasks_from_jsonl,
     tasks_side_by_side,
+    with_chats,
 )
 
 __all__ = [
@@ -38,10 +40,12 @@ __all__ = [
     "Answer",
     "AnswerError",
     "Assignment",
+    "Chat",
     "Comparison",
     "Feedback",
     "FeedbackStore",
     "Label",
+    "Message",
     "Progress",
     "Rating",
     "StaleTask",
@@ -49,11 +53,13 @@ __all__ = [
     "Task",
     "UnknownAnnotator",
     "UnknownTask",
+    "chats_of",
     "read_feedback",
     "read_ratings_csv",
     "tasks_from_completions",
     "tasks_from_jsonl",
     "tasks_side_by_side",
+    "with_chats",
     "write_feedback",
     "write_ratings_csv",
 ]

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from reward_models.atomic import atomic_file
 from reward_models.feedback.records import Comparison, Feedback, Label, Rating
@@ -25,12 +25,12 @@ def as_record(answer: Answer) -> Feedback:
     """What a person answered, as a record to learn from; of a tie's two, either may be `chosen`."""
     task = answer.task
     annotator = None if answer.annotator.startswith(NAMELESS) else answer.annotator
-    source = {"annotator": annotator, "time": answer.time, "origin": joint_origin(task)}
+    if answer.answer == "second":
+        task = task.swapped()
+    source: dict[str, Any] = {"annotator": annotator, "time": answer.time}
+    source |= {"origin": joint_origin(task), "chat": task.chat}
     if task.kind == "comparison":
-        chosen, rejected = task.completions
-        if answer.answer == "second":
-            chosen, rejected = rejected, chosen
-        return Comparison(task.prompt, chosen, rejected, tie=answer.answer == "tie", **source)
+        return Comparison(task.prompt, *task.completions, tie=answer.answer == "tie", **source)
     completion = task.completions[0]
     if task.kind == "rating":
         return Rating(task.prompt, completion, float(answer.answer), task.scale, **source)
@@ -42,12 +42,13 @@ def as_task_and_answer(record: Feedback) -> tuple[Task, AnswerValue]:
     origins: tuple[str, ...] = () if record.origin is None else (record.origin,)
     if isinstance(record, Comparison):
         pair = (record.chosen, record.rejected)
-        task = Task("comparison", record.prompt, pair, origins * 2)
+        task = Task("comparison", record.prompt, pair, origins * 2, chat=record.chat)
         return task, "tie" if record.tie else "first"
     if isinstance(record, Label):
-        return Task("label", record.prompt, (record.completion,), origins), record.label
+        task = Task("label", record.prompt, (record.completion,), origins, chat=record.chat)
+        return task, record.label
     scale = cast(tuple[int, int], record.scale)  # the task checks that they are whole
-    task = Task("rating", record.prompt, (record.completion,), origins, scale=scale)
+    task = Task("rating", record.prompt, (record.completion,), origins, scale, chat=record.chat)
     return task, task.check(record.rating)
 
 
@@ -61,7 +62,8 @@ def write_ratings_csv(path: str | os.PathLike[str], records: Iterable[Feedback])
 
     Spreadsheets run a text that begins with `=`, `+`, `-` or `@` as a formula, and the texts are
     a model's. Such cells get an apostrophe in front, which `read_ratings_csv` takes away again.
-    The file begins with a byte order mark, so that spreadsheets read Chinese as it is.
+    The file begins with a byte order mark, so that spreadsheets read Chinese as it is. Of chats it
+    has the texts, not the messages.
     """
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8-sig", newline="") as f:
         writer = csv.writer(f)

@@ -67,6 +67,8 @@ _STEPS: tuple[tuple[str, ...], ...] = (
         ) STRICT
         """,
     ),
+    # JSON: the messages of prompt and completions; null: they are texts
+    ("ALTER TABLE tasks ADD COLUMN chat TEXT",),
 )
 """The statements of step i take a file from version i to version i + 1."""
 

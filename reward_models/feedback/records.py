@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_models.atomic import atomic_file
+from reward_models.feedback.chats import Chat, as_chat
 from reward_models.feedback.json_lines import read_json_lines
 
 
@@ -30,6 +31,7 @@ class Rating:
         annotator: pseudonym of who said so.
         time: when, ISO 8601.
         origin: the data set or tool that it comes from.
+        chat: the messages that the texts are made of, if they are of a chat.
     """
 
     prompt: str
@@ -39,6 +41,7 @@ class Rating:
     annotator: str | None = None
     time: str | None = None
     origin: str | None = None
+    chat: Chat | None = None
 
     def __post_init__(self) -> None:
         _check_texts(self)
@@ -71,6 +74,7 @@ class Comparison:
         annotator: pseudonym of who said so.
         time: when, ISO 8601.
         origin: the data set or tool that it comes from.
+        chat: the messages that the texts are made of, if they are of a chat, chosen first.
     """
 
     prompt: str
@@ -80,6 +84,7 @@ class Comparison:
     annotator: str | None = None
     time: str | None = None
     origin: str | None = None
+    chat: Chat | None = None
 
     def __post_init__(self) -> None:
         _check_texts(self)
@@ -103,6 +108,7 @@ class Label:
         annotator: pseudonym of who said so.
         time: when, ISO 8601.
         origin: the data set or tool that it comes from.
+        chat: the messages that the texts are made of, if they are of a chat.
     """
 
     prompt: str
@@ -111,6 +117,7 @@ class Label:
     annotator: str | None = None
     time: str | None = None
     origin: str | None = None
+    chat: Chat | None = None
 
     def __post_init__(self) -> None:
         _check_texts(self)
@@ -194,6 +201,7 @@ def _check_texts(record: Feedback) -> None:
         if value is None and name in ("annotator", "time", "origin"):
             continue
         raise ValueError(f"expected {name} to be a string, got {_excerpt(repr(value))}")
+    object.__setattr__(record, "chat", as_chat(record.chat, len(record.texts)))
 
 
 def _number(name: str, value: object) -> float:

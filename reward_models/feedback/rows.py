@@ -4,6 +4,7 @@ import hashlib
 import json
 import sqlite3
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 
@@ -25,9 +26,10 @@ def insert_task(connection: sqlite3.Connection, task: Task, wanted: int, seed: i
     digest = _digest(task)
     return connection.execute(
         "INSERT INTO tasks (digest, origins, kind, prompt, completions, scale, gold, "
-        "uncertainty, wanted, place) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+        "uncertainty, chat, wanted, place) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
         "ON CONFLICT (digest, origins) DO UPDATE SET gold = coalesce(excluded.gold, gold), "
         "uncertainty = coalesce(excluded.uncertainty, uncertainty), "
+        "chat = coalesce(chat, excluded.chat), "  # what was shown to some stays
         "wanted = max(wanted, excluded.wanted) RETURNING id",
         (
             digest,
@@ -38,6 +40,7 @@ def insert_task(connection: sqlite3.Connection, task: Task, wanted: int, seed: i
             to_json(task.scale),
             None if task.gold is None else to_json(task.gold),
             task.uncertainty,
+            _chat_json(task),
             wanted,
             place(seed, digest),
         ),
@@ -48,6 +51,10 @@ def find_or_insert_task(connection: sqlite3.Connection, task: Task, seed: int) -
     """The task with these texts and an origin that is exported alike, or a new one."""
     for row in connection.execute("SELECT * FROM tasks WHERE digest = ?", (_digest(task),)):
         if joint_origin(as_task(row)) == joint_origin(task):
+            connection.execute(
+                "UPDATE tasks SET chat = coalesce(chat, ?) WHERE id = ?",
+                (_chat_json(task), row["id"]),
+            )
             return row["id"]
     return insert_task(connection, task, wanted=0, seed=seed)
 
@@ -62,6 +69,7 @@ def as_task(row: sqlite3.Row) -> Task:
         scale=tuple(json.loads(row["scale"])),
         gold=None if row["gold"] is None else json.loads(row["gold"]),
         uncertainty=row["uncertainty"],
+        chat=None if row["chat"] is None else json.loads(row["chat"]),
     )
 
 
@@ -146,6 +154,10 @@ def check_annotator(annotator: object) -> None:
     """Raise a ValueError unless it can be somebody's pseudonym."""
     if not isinstance(annotator, str) or not annotator.isprintable() or not annotator.strip():
         raise ValueError(f"expected an annotator's pseudonym, got {annotator!r}")
+
+
+def _chat_json(task: Task) -> str | None:
+    return None if task.chat is None else to_json(asdict(task.chat))
 
 
 def _digest(task: Task) -> str:

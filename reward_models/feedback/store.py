@@ -101,6 +101,8 @@ class FeedbackStore:
     ) -> int:
         """Take up tasks; one that is there already stays as it is, but for gold and uncertainty.
 
+        It is told its chat if it has none.
+
         Tasks are the same if texts, kind, scale and origins are; the order of a comparison's
         completions does not matter, and the one kept is the store's own.
 

@@ -6,11 +6,12 @@ here: whoever has the samples hands them over as text.
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, TypeGuard, get_args
 
+from reward_models.feedback.chats import Chat, as_chat
 from reward_models.feedback.json_lines import read_json_lines
 
 Kind = Literal["comparison", "rating", "label"]
@@ -36,6 +37,8 @@ class Task:
         scale: the lowest and the highest possible rating, whole numbers; other kinds ignore it.
         gold: the right answer where it is known, to measure annotators by.
         uncertainty: how unsure the reward model is; of two tasks the higher one is asked first.
+        chat: the messages that prompt and completions are made of, if they are of a chat: people
+            are shown these, not the texts.
     """
 
     kind: Kind
@@ -45,6 +48,7 @@ class Task:
     scale: tuple[int, int] = (1, 5)
     gold: AnswerValue | None = None
     uncertainty: float | None = None
+    chat: Chat | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -70,6 +74,7 @@ class Task:
             if not _is_number(self.uncertainty):
                 raise ValueError(f"expected a finite uncertainty, got {self.uncertainty!r}")
             object.__setattr__(self, "uncertainty", float(self.uncertainty))
+        object.__setattr__(self, "chat", as_chat(self.chat, wanted))
 
     def swapped(self) -> "Task":
         """The same comparison with its completions in the other order."""
@@ -78,6 +83,7 @@ class Task:
             completions=self.completions[::-1],
             origins=self.origins[::-1],
             gold=None if self.gold is None else swap_choice(self.gold),
+            chat=None if self.chat is None else self.chat.swapped(),
         )
 
     def check(self, answer: object) -> AnswerValue:
@@ -129,6 +135,12 @@ class Assignment:
         completions = self.task.completions
         return completions[::-1] if self.swapped else completions
 
+    @property
+    def shown_chat(self) -> Chat | None:
+        """The same as messages, if the task is of a chat."""
+        chat = self.task.chat
+        return chat.swapped() if self.swapped and chat is not None else chat
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -169,8 +181,9 @@ def tasks_from_jsonl(
     A line is `{"prompt", "completions": [...]}`, `{"prompt", "completion"}` or, for comparisons,
     `{"prompt", "chosen", "rejected"}` (asked anew: the choice in the file is not shown and is no
     gold). More completions than a task takes make several tasks, as in `tasks_from_completions`,
-    and equal ones none. `origins` (one per completion), `gold`, `scale` and `uncertainty` may
-    stand beside them; a missing `prompt` is the empty one, and other keys are passed over.
+    and equal ones none. `origins` (one per completion), `gold`, `scale`, `uncertainty` and `chat`
+    (see `as_chat`) may stand beside them; a missing `prompt` is the empty one, and other keys are
+    passed over.
 
     Args:
         path: the file.
@@ -237,6 +250,24 @@ def tasks_side_by_side(
     return tasks
 
 
+def with_chats(tasks: Iterable[Task], chats: Mapping[tuple[str, str], Chat]) -> list[Task]:
+    """Say of each task which messages its texts are made of, where that is known.
+
+    Args:
+        tasks: the questions.
+        chats: of one completion each, by prompt and completion, as `chats_of` gives them.
+    """
+    said: list[Task] = []
+    for task in tasks:
+        found = [chats.get((task.prompt, completion)) for completion in task.completions]
+        known = [chat for chat in found if chat is not None]
+        if len(known) == len(found):
+            completions = tuple(chat.completions[0] for chat in known)
+            task = replace(task, chat=Chat(known[0].prompt, completions))
+        said.append(task)
+    return said
+
+
 def _tasks_of_line(values: Any, kind: Kind) -> list[Task]:
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, got {str(values)[:60]}")
@@ -258,6 +289,8 @@ def _tasks_of_line(values: Any, kind: Kind) -> list[Task]:
     if kind == "comparison" and len(completions) < 2:
         raise ValueError(f"expected at least 2 completions to compare, got {len(completions)}")
     origin_of = dict(zip(completions, origins, strict=False))
+    chat = as_chat(values.get("chat"), len(completions))
+    messages_of = {} if chat is None else dict(zip(completions, chat.completions, strict=True))
     groups = _grouped(list(dict.fromkeys(completions)), kind)
     if values.get("gold") is not None and len(groups) != 1:
         raise ValueError(f"expected one task for a gold answer, got {len(groups)}")
@@ -268,6 +301,7 @@ def _tasks_of_line(values: Any, kind: Kind) -> list[Task]:
             values.get("prompt", ""),
             texts,
             tuple(origin_of[text] for text in texts) if origins else (),
+            chat=chat and Chat(chat.prompt, tuple(messages_of[text] for text in texts)),
             **further,
         )
         for texts in groups

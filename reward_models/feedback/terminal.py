@@ -7,12 +7,13 @@ characters are written out, and rich's markup is not interpreted.
 import re
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from reward_models.feedback.chats import Message
 from reward_models.feedback.database import AnswerError
 from reward_models.feedback.store import FeedbackStore
 from reward_models.feedback.tasks import Assignment, Task
@@ -69,11 +70,25 @@ def _show(console: Console, store: FeedbackStore, assignment: Assignment) -> Non
     """Progress, the prompt, and the completions in the order recorded."""
     progress, task = store.progress(assignment.annotator), assignment.task
     console.rule(f"{progress.answered} answered, {progress.left} left")
-    if task.prompt:
-        console.print(Panel(Text(visible(task.prompt)), title="prompt", title_align="left"))
-    for number, completion in enumerate(assignment.shown, start=1):
-        title = str(number) if task.kind == "comparison" else "completion"
-        console.print(Panel(Text(visible(completion)), title=title, title_align="left"))
+    chat = assignment.shown_chat
+    prompt = Text(visible(task.prompt)) if chat is None else _turns(chat.prompt)
+    if prompt:
+        console.print(Panel(prompt, title="prompt", title_align="left"))
+    for i, completion in enumerate(assignment.shown):
+        title = str(i + 1) if task.kind == "comparison" else "completion"
+        said = Text(visible(completion))
+        if chat is not None and len(chat.completions[i]) > 1:
+            said = _turns(chat.completions[i])
+        console.print(Panel(said, title=title, title_align="left"))
+
+
+def _turns(messages: Sequence[Message]) -> Text:
+    """Who said what, a paragraph each."""
+    said = [
+        Text.assemble((f"{visible(message.role)}: ", "bold"), visible(message.content))
+        for message in messages
+    ]
+    return Text("\n").join(said)
 
 
 def _ask_one(

@@ -18,6 +18,7 @@ from reward_models.feedback.agreement import (
     position_bias,
     win_rates,
 )
+from reward_models.feedback.chats import Chat
 from reward_models.feedback.tasks import Answer, AnswerValue, Kind
 
 _DAYS_SHOWN = 7
@@ -62,12 +63,14 @@ class Dispute(NamedTuple):
         kind: of the task.
         prompt: its prompt.
         completions: its completions, in the task's own order.
+        chat: the messages that both are made of; None if they are texts.
         votes: what was said and how often, the commonest first.
     """
 
     kind: str
     prompt: str
     completions: tuple[str, ...]
+    chat: Chat | None
     votes: list[tuple[str, int]]
 
 
@@ -148,7 +151,7 @@ def _agreements(answers: Sequence[Answer]) -> list[Agreement]:
 def _dispute(found: Disagreement) -> Dispute:
     votes = Counter(_in_words(answer.answer) for answer in found.answers)
     task = found.task
-    return Dispute(task.kind, task.prompt, task.completions, votes.most_common())
+    return Dispute(task.kind, task.prompt, task.completions, task.chat, votes.most_common())
 
 
 def _in_words(answer: AnswerValue) -> str:

@@ -16,9 +16,9 @@ router = APIRouter()
 AssignmentId = Annotated[int, Form(ge=1, le=2**63 - 1)]  # SQLite's integers
 
 _QUESTIONS = {
-    "comparison": "Which completion is better?",
-    "rating": "How good is this completion?",
-    "label": "Is this completion good or bad?",
+    "comparison": "Which {} is better?",
+    "rating": "How good is this {}?",
+    "label": "Is this {} good or bad?",
 }
 _ANSWERS: dict[str, object] = {
     "left": "left",
@@ -46,14 +46,19 @@ def show_task(request: Request, visit: Annotated[Visit, Depends(visitor)]) -> Re
     }
     if assignment is None:
         return page("done.html", **context)
-    task = assignment.task
+    task, chat = assignment.task, assignment.shown_chat
+    judged = "completion"
+    if chat is not None:
+        judged = "conversation" if chat.is_of_turns else "answer"
     return page(
         "task.html",
         **context,
         kind=task.kind,
-        question=_QUESTIONS[task.kind],
+        question=_QUESTIONS[task.kind].format(judged),
+        judged=judged,
         prompt=task.prompt,
         completions=assignment.shown,
+        chat=chat,
         scale=range(int(task.scale[0]), int(task.scale[1]) + 1),
         task_id=assignment.id,
     )

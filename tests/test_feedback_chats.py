@@ -180,7 +180,8 @@ def test_a_store_from_before_there_were_chats_is_read(
         database.Database(tmp_path / "f.db").close()
     connection = sqlite3.connect(tmp_path / "f.db")
     connection.execute(
-        "INSERT INTO tasks VALUES (1, 'd', '[]', 'label', 'p', '[\"a\"]', '[1, 5]', NULL, NULL, 1, 0)"
+        "INSERT INTO tasks VALUES "
+        "(1, 'd', '[]', 'label', 'p', '[\"a\"]', '[1, 5]', NULL, NULL, 1, 0)"
     )
     connection.commit()
     connection.close()

@@ -25,7 +25,7 @@ import uvicorn
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from reward_models.feedback import accounts
+from reward_models.feedback import Chat, Message, accounts
 from reward_models.feedback.accounts import Accounts
 from reward_models.feedback.records import Rating
 from reward_models.feedback.store import FeedbackStore
@@ -74,6 +74,28 @@ LABEL = Task(
     (" drags <script>document.title = 'taken'</script>, \x1b[31mred\x1b[0m, \u202edrawkcab\u202c, "
      + "long" * 60,),
 )  # fmt: skip
+
+ASKED = (
+    Message("system", "回答要简短。"),
+    Message("user", "你好！<b onclick=alert(1)>今天</b>做什么？"),
+)
+CHAT = Task(
+    "comparison",
+    "<|im_start|>user\n你好！<|im_end|>\n<|im_start|>assistant\n",
+    ("去公园散步怎么样？", "Read a book.\n<img src=x onerror=\"document.title='taken'\">"),
+    chat=Chat(
+        ASKED,
+        (
+            (Message("assistant", "去公园散步怎么样？"),),
+            (
+                Message("assistant", "Read a book."),
+                Message("user", "哪一本？"),
+                Message("assistant", "<img src=x onerror=\"document.title='taken'\">"),
+            ),
+        ),
+    ),
+)
+"""One of the completions is an answer, the other two with the user's turn between."""
 
 
 class Desk:
@@ -297,12 +319,50 @@ def test_chinese_is_shown_with_chinese_glyphs(browser: Any, desk: Desk) -> None:
     visitor.check()
 
 
+def test_a_chat_is_shown_as_turns(browser: Any, desk: Desk) -> None:
+    desk.add(CHAT)
+    visitor = Visitor(browser, desk)
+    page = visitor.sign_in()
+    assert page.title() == "Which conversation is better? · Feedback"
+    assert "im_start" not in page.content()
+    before = page.locator(".prompt .turn")
+    assert before.locator(".role").all_text_contents() == ["system", "user"]
+    assert before.locator(".text").all_text_contents() == [m.content for m in ASKED]
+    assert before.locator(".text").first.get_attribute("lang") == "zh"
+    assert page.locator("b[onclick]").count() == page.locator("img").count() == 0
+    sheets = [sheet.locator(".text").all_text_contents() for sheet in page.locator(".sheet").all()]
+    shown = [[m.content for m in messages] for messages in CHAT.chat.completions]
+    assert sorted(map(len, sheets)) == [1, 3] and sorted(sheets) == sorted(shown)
+    said = page.locator(".sheet .turn").filter(has=page.get_by_text("哪一本？"))
+    assert said.locator(".role").text_content() == "user"
+    visitor.press("ArrowLeft")
+    (answer,) = desk.store.answers()
+    assert answer.task.completions[answer.answer == "second"] == "\n".join(sheets[0][::2])
+    assert desk.store.export()[0].chat.completions[0] == tuple(
+        CHAT.chat.completions[shown.index(sheets[0])]
+    )
+    visitor.check()
+
+
+def test_chats_that_people_differ_on_are_shown_as_turns(browser: Any, desk: Desk) -> None:
+    desk.add(CHAT)
+    visitors = [Visitor(browser, desk), Visitor(browser, desk)]
+    for visitor, name in zip(visitors, ("ann", "ben"), strict=True):
+        page = visitor.sign_in(name)
+        is_left = page.locator(".sheet").first.locator(".turn").count() == 3
+        visitor.press("ArrowLeft" if is_left == (name == "ann") else "ArrowRight")
+    page.goto(desk.url + "dashboard")
+    assert page.locator(".dispute .turn").count() == 2 + 3
+    assert "im_start" not in page.content() and page.locator("img").count() == 0
+    visitor.check()
+
+
 def test_a_phone_scrolls_in_one_direction_only(browser: Any, desk: Desk) -> None:
-    desk.add(COMPARISON, RATING, LABEL)
+    desk.add(COMPARISON, RATING, LABEL, CHAT)
     visitor = Visitor(browser, desk, viewport=PHONE, color_scheme="dark", has_touch=True)
     page = visitor.sign_in()
     keys = {"comparison": "t", "rating": "2", "label": "b"}
-    for path in ("", "", "", "", "dashboard", "sign-in", "nowhere"):
+    for path in ("", "", "", "", "", "dashboard", "sign-in", "nowhere"):
         page.goto(desk.url + path)
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         for button in page.get_by_role("button").all():

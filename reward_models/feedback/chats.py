@@ -112,7 +112,9 @@ def _message(value: Any) -> Message:
     keys = ("role", "content")
     texts = [value.get(key) for key in keys] if isinstance(value, Mapping) else []
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"expected messages with the texts 'role' and 'content', got {value!r:.60}")
+        raise ValueError(
+            f"expected messages with the texts 'role' and 'content', got {value!r:.60}"
+        )
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:

@@ -30,6 +30,8 @@ from benchmarks.small_runs import Point
 from reward_models import LearnedRewardModel, LexiconSentiment, distinct_n
 from reward_models.assets import sentiment_lexicon
 from reward_models.conversations import answers_of
+from stages.process import dtype_of
+from stages.writing import tokens_of
 from text_env import TextVecEnv
 from text_env.prompts import load_prompts
 from text_env.vocabulary import load_tokenizer
@@ -92,7 +94,7 @@ class Movies:
     ) -> None:
         self.folder, self.ranks, self.beta, self.max_new_tokens = folder, ranks, beta, 32
         self.lm = str(folder / "sft")
-        self.dtype = train.dtype_of(train.Common(device="cpu"))
+        self.dtype = dtype_of(train.Common(device="cpu"))
         self.rewarder = LearnedRewardModel.load(folder / "reward_model", "cpu")
         tokenizer = load_tokenizer(self.lm)
         prompts, tests = (
@@ -108,7 +110,7 @@ class Movies:
             "max_new_tokens": self.max_new_tokens,
             "min_new_tokens": 6,
             "missing_eos_penalty": 1.0,
-            "allowed_token_ids": train.tokens_of(folder / "data" / "language.jsonl", tokenizer),
+            "allowed_token_ids": tokens_of(folder / "data" / "language.jsonl", tokenizer),
         }
 
     # ------------------------------------------------------------------ what is learned from

@@ -8,6 +8,8 @@ from test_train import own  # noqa: F401
 
 import train
 from agents.model_card import WHERE, model_card
+from stages.models import digest_of
+from stages.report import summary
 
 
 def run_lines(card: str, folder) -> str:
@@ -37,19 +39,19 @@ def test_a_card_says_what_was_measured_and_how_to_load_it(own, tmp_path) -> None
     train_in(tmp_path, own)
     first = (tmp_path / "policy/README.md").read_text()
     assert "## Results" not in first and "0.02 score units per nat" in first
-    before = train.digest_of(tmp_path / "policy")
+    before = digest_of(tmp_path / "policy")
     line = (
         f"evaluate --run {tmp_path} --prompts {own}/prompts.txt --best_of 1 --device cpu "
         f"--reward_model {own}/encoder"
     )
     assert train.main(line.split()) == 0
-    assert train.digest_of(tmp_path / "policy") == before  # a later training goes on from it
+    assert digest_of(tmp_path / "policy") == before  # a later training goes on from it
     text = (tmp_path / "policy/README.md").read_text()
     card = ModelCard.load(tmp_path / "policy/README.md")
     assert card.data.base_model == "hub/base" and card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation" and card.data.license is None
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
-    assert train.summary(evaluation) in text and "![curves](curves.png)" in text
+    assert summary(evaluation) in text and "![curves](curves.png)" in text
     assert (tmp_path / "policy/curves.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
     for said in ("0.02 score units per nat", "prompts.txt", "| tokens written | ", "distinct-2"):
         assert said in text

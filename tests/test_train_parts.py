@@ -13,6 +13,10 @@ from tokenizers import processors
 
 import train
 from reward_models import LearnedRewardModel
+from stages.models import base_of
+from stages.rewards import digest_of_reward, reward_function
+from stages.tune import told_to_trials
+from stages.writing import tokens_of
 
 COMMON = "--device cpu --dtype float32"
 SMALL = "--n_envs 4 --max_new_tokens 6 --min_new_tokens 1 --total_timesteps 32"
@@ -83,9 +87,9 @@ def test_the_words_of_conversations_may_be_the_vocabulary(own, task) -> None:  #
     messages = [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(says)]
     (task / "chats.jsonl").write_text(json.dumps({"messages": messages}))
     (task / "pairs.jsonl").write_text('{"prompt": "hello", "completion": "good"}')
-    of_chat = train.tokens_of(task / "chats.jsonl", tokenizer)
+    of_chat = tokens_of(task / "chats.jsonl", tokenizer)
     assert of_chat == sorted({i for text in says for i in tokenizer(text)["input_ids"]})
-    assert set(train.tokens_of(task / "pairs.jsonl", tokenizer)) < set(of_chat)
+    assert set(tokens_of(task / "pairs.jsonl", tokenizer)) < set(of_chat)
 
 
 def test_the_card_of_a_chat_s_policy_asks_it_as_a_chat(own, task) -> None:  # noqa: F811
@@ -142,19 +146,19 @@ def test_cards_name_what_a_model_was_made_from_through_the_warm_start(tmp_path) 
         (tmp_path / folder).mkdir()
     (tmp_path / "stages/sft.json").write_text('{"model": "configs/small-lm.json"}')
     (tmp_path / "stages/reward.json").write_text('{"model": "sft"}')
-    assert train.base_of(str(tmp_path / "sft")) == "small-lm"
-    assert train.base_of(str(tmp_path / "reward_model")) == "small-lm"
+    assert base_of(str(tmp_path / "sft")) == "small-lm"
+    assert base_of(str(tmp_path / "reward_model")) == "small-lm"
 
 
 def test_likelihood_is_by_the_reference_where_one_is_named(own, tmp_path) -> None:  # noqa: F811
     """A loop's rounds have no warm start of their own."""
     common = train.Common(run=tmp_path, device="cpu", dtype="float32")
     with pytest.raises(FileNotFoundError, match=r"train\.py sft"):
-        train.reward_function(common, "likelihood", None)
-    reward = train.reward_function(common, {"likelihood": 1.0}, None, str(own / "lm"))
+        reward_function(common, "likelihood", None)
+    reward = reward_function(common, {"likelihood": 1.0}, None, str(own / "lm"))
     assert reward(prompts=["The film"], completions=[" is good."])[0] < 0
     here, there = (
-        train.digest_of_reward(common, train.PPO(reward="likelihood", reference=lm))
+        digest_of_reward(common, train.PPO(reward="likelihood", reference=lm))
         for lm in (None, str(own / "lm"))
     )
     assert here != there
@@ -168,7 +172,7 @@ def test_tuning_by_metrics_needs_no_reward_model(tmp_path) -> None:
         how = (train.Common(run=tmp_path), train.Tune(ppo=given, n_prompts=2), tmp_path / "tune")
         if missing:
             with pytest.raises(FileNotFoundError, match=re.escape("train.py reward")):
-                train.told_to_trials(*how)
+                told_to_trials(*how)
         else:
             (tmp_path / "tune").mkdir()
-            assert train.told_to_trials(*how).reward_model is None
+            assert told_to_trials(*how).reward_model is None

@@ -20,6 +20,8 @@ import reward_models
 import train
 from reward_models import read_feedback
 from reward_models.feedback import Accounts, FeedbackStore, Task
+from stages import people
+from stages.report import people_section
 
 ROOT = Path(train.__file__).parent
 
@@ -78,7 +80,7 @@ def test_a_kind_that_the_store_has_no_task_of_is_sampled(run, own, monkeypatch, 
     keys(monkeypatch, "1")
     assert command(f"annotate --terminal true --tasks {run}/tasks.jsonl", run) == 0
     asked = "sampled and not comparisons again"
-    monkeypatch.setattr(train, "tasks_to_ask", lambda *_: [Task("rating", "A", (asked,))])
+    monkeypatch.setattr(people, "tasks_to_ask", lambda *_: [Task("rating", "A", (asked,))])
     capsys.readouterr()
     keys(monkeypatch)
     assert command("annotate --terminal true --kind rating", run) == 0
@@ -167,13 +169,13 @@ def test_the_reward_model_says_how_it_agrees_with_whom(own, tmp_path) -> None:  
     facts = json.loads((tmp_path / "stages" / "reward.json").read_text())
     groups = facts["reward_model"]["held_out"]["annotators"]
     assert sum(group["choices"] for group in groups.values()) == 16
-    said = train.people_section(tmp_path)
+    said = people_section(tmp_path)
     assert said.startswith("## The reward model and people\n\n| annotator |")
     assert "| ann | " in said and "| ben | " in said and "calibration.png" in said
     assert "source" not in said  # there is one
     assert command(f"{line} {own}/feedback.jsonl --overwrite true", tmp_path) == 0
     assert not (tmp_path / "calibration.png").exists()  # of ratings there is none
-    assert train.people_section(tmp_path) == ""
+    assert people_section(tmp_path) == ""
 
 
 def test_the_page_is_served_and_ends_with_ctrl_c(run, own) -> None:  # noqa: F811
@@ -235,7 +237,7 @@ def test_equal_completions_are_half_a_win_for_each(run, monkeypatch, capsys) -> 
             self.calls = getattr(self, "calls", 0) + 1
             return np.array([len(text) for text in completions]) - 1e-6 * self.calls
 
-    monkeypatch.setattr(train, "samples_of", samples)
+    monkeypatch.setattr(people, "samples_of", samples)
     monkeypatch.setattr(reward_models, "load_reward_model", lambda *_: Uneven())
     (run / "prompts.txt").write_text("".join(f"Film {i}\n" for i in range(8)))
     line = f"compare {run}/policy {run}/sft --prompts {run}/prompts.txt --ask true"

@@ -12,6 +12,9 @@ from test_train import own  # noqa: F401
 
 import agents.callbacks
 import train
+from stages import run_folder
+from stages.ppo import train_policy
+from stages.resume import as_begun
 
 COMMON = "--device cpu --dtype float32"
 
@@ -95,7 +98,7 @@ def test_a_stopped_run_goes_on_and_is_the_same(own, tmp_path, monkeypatch, capsy
 
 
 def test_a_crash_while_results_are_put_in_place(own, tmp_path, monkeypatch, capsys) -> None:  # noqa: F811
-    run, whole, put = tmp_path / "run", tmp_path / "whole", train.put_in_place
+    run, whole, put = tmp_path / "run", tmp_path / "whole", run_folder.put_in_place
     assert train.main(line(own, whole, total_timesteps=128)) == 0
 
     def crash_at(name: str):
@@ -109,12 +112,12 @@ def test_a_crash_while_results_are_put_in_place(own, tmp_path, monkeypatch, caps
     began = line(own, run, total_timesteps=128)
     for name in ("policy", "samples.jsonl", "checkpoints"):
         with monkeypatch.context() as patch:
-            patch.setattr(train, "put_in_place", crash_at(name))
+            patch.setattr(run_folder, "put_in_place", crash_at(name))
             assert train.main(began) == 130
         began = ["ppo", "--resume", str(run)]
     assert not (run / "stages/ppo.json").exists()
     with monkeypatch.context() as patch:  # behind the last of them
-        patch.setattr(train, "peak_memory", lambda: 1 / 0)
+        patch.setattr(run_folder, "peak_memory", lambda: 1 / 0)
         assert train.main(began) == 1
     assert train.main(began) == 0
     assert repr(rows(run)) == repr(rows(whole))
@@ -133,9 +136,9 @@ def test_several_processes_do_not_resume_and_say_why(tmp_path, monkeypatch) -> N
     monkeypatch.setattr("agents.ranks.rank", lambda: 0)
     settings = train.PPO(resume=tmp_path)
     with pytest.raises(ValueError, match=r"one process with resume, got 2: only .*guarantees\.md"):
-        train.train_policy(train.Common(run=tmp_path), settings)
+        train_policy(train.Common(run=tmp_path), settings)
     with pytest.raises(FileNotFoundError, match="which one process makes and several do not"):
-        train.as_begun(train.Common(), settings, asked=())
+        as_begun(train.Common(), settings, asked=())
 
 
 def test_settings_asked_for_are_not_taken_for_defaults(own, tmp_path, monkeypatch, capsys) -> None:  # noqa: F811

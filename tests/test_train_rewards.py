@@ -7,6 +7,8 @@ import pytest
 
 import train
 from reward_models.chinese_reviews import load_chinese_reviews
+from stages.data import SOURCES, data, first_characters, source_of
+from stages.rewards import digest_of_reward, reward_function
 
 COMMON = "--device cpu --dtype float32"
 
@@ -102,15 +104,15 @@ def test_learned_likelihood_and_own_functions_are_terms_too(finished, task) -> N
 )
 def test_rewards_that_cannot_be_made_are_named(tmp_path, reward, message) -> None:
     with pytest.raises((ValueError, OSError), match=message):
-        train.reward_function(train.Common(run=tmp_path), reward, None)
+        reward_function(train.Common(run=tmp_path), reward, None)
 
 
 def test_a_reward_of_terms_is_one_of_a_training_s_settings(task, finished) -> None:
     terms = {"exact": 1, "learned": 0.5}
     common = train.Common(run=finished)
-    other = train.digest_of_reward(common, train.PPO(reward=terms))
-    assert other != train.digest_of_reward(common, train.PPO(reward={**terms, "exact": 2}))
-    assert train.digest_of_reward(common, train.PPO(reward="exact")) == '"exact"'
+    other = digest_of_reward(common, train.PPO(reward=terms))
+    assert other != digest_of_reward(common, train.PPO(reward={**terms, "exact": 2}))
+    assert digest_of_reward(common, train.PPO(reward="exact")) == '"exact"'
 
 
 def test_chinese_reviews_are_labels_each_text_once(tmp_path, monkeypatch) -> None:
@@ -124,10 +126,8 @@ def test_chinese_reviews_are_labels_each_text_once(tmp_path, monkeypatch) -> Non
         ("太差了", False),
     ]
     records = {f"{i}号{label.completion}": label for i in range(60) for label in labels}
-    monkeypatch.setitem(
-        train.SOURCES, "chinese-reviews", (lambda: records, "reviews", train.first_characters)
-    )
-    folder = train.data(common := train.Common(run=tmp_path, data="chinese-reviews"))
+    monkeypatch.setitem(SOURCES, "chinese-reviews", (lambda: records, "reviews", first_characters))
+    folder = data(common := train.Common(run=tmp_path, data="chinese-reviews"))
     prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").open()]
     assert prompts and all(len(prompt) == 4 and prompt[:1].isdigit() for prompt in prompts)
-    assert train.source_of(train.Common(run=tmp_path)) == "chinese-reviews" == common.data
+    assert source_of(train.Common(run=tmp_path)) == "chinese-reviews" == common.data

@@ -1,6 +1,7 @@
 """`train.py tune`: a search on tiny models, gone on with, whose best settings stage ppo takes."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import yaml
@@ -79,6 +80,6 @@ def test_a_search_keeps_its_settings_and_needs_a_judge(line, tmp_path, capsys) -
 
 
 def test_the_space_in_configs_is_one() -> None:
-    base = train.asdict(train.PPO())
+    base = asdict(train.PPO())
     space = tuning.read_space(train.Tune().space, base)
     assert tuning.values_inside(space, base)  # the presets' values are tried first

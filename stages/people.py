@@ -1,0 +1,308 @@
+"""People: what they are asked, what becomes of their answers, and how policies compare."""
+
+import getpass
+import json
+import random
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.settings import Annotate, Common, Compare, Export, Forget, Import, SignIn, Worth
+from stages.data import data
+from stages.models import named_model
+from stages.process import device_of, progress, say, set_up
+from stages.run_folder import folder_of, left_by, write_text
+from stages.writing import as_in_ppo, samples_of
+
+if TYPE_CHECKING:
+    from reward_models.feedback import Task
+    from reward_models.feedback.tasks import Kind
+
+
+def annotate(common: Common, settings: Annotate) -> None:
+    """Ask people about completions, on a page or here; answers go to the run's feedback.sqlite."""
+    from reward_models.feedback import Accounts, FeedbackStore
+    from reward_models.feedback.terminal import annotate as ask_here
+
+    if not settings.terminal:
+        from reward_models.feedback.web import serve, set_up_account  # missing? now, not later
+    kind = settings.kind or "comparison"
+    if settings.against is not None and kind != "comparison":
+        raise ValueError(f"expected kind comparison with against, got {kind}")
+    file = store_file(common, settings.store)
+    with (
+        FeedbackStore(file, common.seed, settings.gold_rate) as store,
+        Accounts(file) as accounts,
+    ):
+        given = (settings.tasks, settings.policy, settings.against, settings.prompts)
+        if any(value is not None for value in given) or store.count_tasks(settings.kind) == 0:
+            tasks = tasks_to_ask(common, settings, kind)
+            overlap = (settings.overlap_share, settings.overlap_annotators)
+            say(f"{store.add(tasks, *overlap)} new tasks")
+        if settings.ensemble is not None:
+            waiting = with_uncertainty(common, store.unanswered(), settings.ensemble)
+            store.add(waiting)  # they are there: it is told how uncertain each is
+            say(f"{len(waiting)} tasks without all their answers put in order, the disputed first")
+        if settings.terminal:
+            here = settings.annotator or getpass.getuser()
+            account = accounts.find(here) or accounts.create(here)
+            ask_here(store, account.pseudonym)
+            return
+        if not accounts.anybody_can_sign_in():
+            set_up_account(accounts, ask("Nobody can sign in yet. A name to do it with: "))
+        scheme = "http" if settings.certificate is None else "https"
+        say(f"Annotate at {scheme}://{settings.host}:{settings.port}/ (Ctrl-C ends it)")
+        serve(
+            store,
+            accounts,
+            settings.host,
+            settings.port,
+            settings.names,
+            settings.lead,
+            certificate=None if settings.certificate is None else str(settings.certificate),
+            key=None if settings.key is None else str(settings.key),
+        )
+
+
+def ask(question: str) -> str:
+    """Ask for a line at the terminal."""
+    try:
+        return input(question)
+    except EOFError:
+        raise ValueError("expected an answer at the terminal, which is not to be had") from None
+
+
+def tasks_to_ask(common: Common, settings: Annotate, kind: "Kind") -> "list[Task]":
+    """Read tasks from a file, or sample them from one policy or two."""
+    from reward_models.feedback import (
+        tasks_from_completions,
+        tasks_from_jsonl,
+        tasks_side_by_side,
+    )
+    from text_env.prompts import load_prompts
+
+    if settings.tasks is not None:
+        tasks = tasks_from_jsonl(settings.tasks, kind)
+    else:
+        set_up(common)
+        folder, policy = folder_of(common), settings.policy
+        if policy is None:
+            trained = folder / "policy"
+            policy = str(trained if trained.exists() else left_by("sft", folder / "sft"))
+        settings = as_in_ppo(Path(policy).parent, settings)
+        prompts = some_prompts(
+            load_prompts(settings.prompts or data(common) / "prompts.jsonl"),
+            settings.n_prompts,
+            common.seed,
+        )
+        mine = samples_of(common, settings, policy, prompts, settings.samples)
+        if settings.against is None:
+            tasks = tasks_from_completions(mine, kind, policy)
+        else:
+            theirs = samples_of(common, settings, settings.against, prompts, settings.samples)
+            tasks = tasks_side_by_side(mine, theirs, (policy, settings.against))
+    return tasks
+
+
+def some_prompts(prompts: list[dict[str, Any]], n: int, seed: int) -> list[dict[str, Any]]:
+    """Draw n of the prompts, all of them if there are fewer."""
+    return random.Random(seed).sample(prompts, min(n, len(prompts)))
+
+
+def with_uncertainty(common: Common, tasks: "list[Task]", ensemble: Path) -> "list[Task]":
+    """Say of each task how far the members of an ensemble differ on it."""
+    from reward_models import RewardEnsemble
+
+    model = RewardEnsemble.load(ensemble, device_of(common))
+    said: list[Task] = []
+    measures: tuple[tuple[int, Any], ...] = ((1, model.spread), (2, model.pair_uncertainty))
+    for n_texts, measure in measures:
+        some = [task for task in tasks if len(task.completions) == n_texts]
+        if some:
+            sides = map(list, zip(*(task.completions for task in some), strict=True))
+            found: Any = measure([task.prompt for task in some], *sides)
+            said += [replace(t, uncertainty=float(u)) for t, u in zip(some, found, strict=True)]
+    return said
+
+
+def store_file(common: Common, given: Path | None, there: bool = False) -> Path:
+    """Return the file of tasks and answers; if it is to be `there`, say how it is made."""
+    file = given or folder_of(common) / "feedback.sqlite"
+    if there and not file.exists():
+        raise FileNotFoundError(
+            f"expected {file}, which `python train.py annotate` or `feedback import` makes"
+        )
+    return file
+
+
+def make_account(common: Common, settings: SignIn) -> None:
+    """Let somebody sign in on the page; asks for the password."""
+    from reward_models.feedback import Accounts
+    from reward_models.feedback.web import set_up_account
+
+    with Accounts(store_file(common, settings.store)) as accounts:
+        account = set_up_account(accounts, settings.name)
+    say(f"{account.name} can sign in; answers will know them as {account.pseudonym}")
+
+
+def import_answers(common: Common, settings: Import) -> None:
+    """Take up answers from a file: records (.jsonl) or ratings (.csv)."""
+    from reward_models.feedback import FeedbackStore, read_feedback, read_ratings_csv
+
+    if settings.file.suffix == ".csv":
+        records = read_ratings_csv(settings.file, settings.scale)
+    else:
+        records = read_feedback(settings.file)
+    with FeedbackStore(store_file(common, settings.store)) as store:
+        say(f"{store.import_records(records)} new answers of {len(records)}")
+
+
+def export_answers(common: Common, settings: Export) -> None:
+    """Write the answers to a file: records (.jsonl), or ratings (.csv)."""
+    from reward_models.feedback import FeedbackStore, write_feedback, write_ratings_csv
+
+    kind = settings.kind
+    if settings.file.suffix == ".csv":
+        if kind not in (None, "rating"):
+            raise ValueError(
+                f"expected a .jsonl file for {kind}s, got {settings.file}: a .csv "
+                "holds ratings only"
+            )
+        kind = "rating"
+    if settings.file.exists() and not common.overwrite:
+        raise FileExistsError(f"{settings.file} exists already: pass --overwrite true")
+    with FeedbackStore(store_file(common, settings.store, there=True)) as store:
+        records = store.export(kind, settings.ties)
+    write = write_ratings_csv if settings.file.suffix == ".csv" else write_feedback
+    say(f"{len(records)} answers: {write(settings.file, records)}")
+
+
+def forget(common: Common, settings: Forget) -> None:
+    """Erase one person's answers, name and password, in the files of a loop's rounds too."""
+    from reward_models.feedback import Accounts, FeedbackStore, read_feedback, write_feedback
+
+    file = store_file(common, settings.store, there=True)
+    with FeedbackStore(file) as store, Accounts(file) as accounts:
+        account = accounts.find(settings.name)
+        pseudonym = settings.name if account is None else account.pseudonym
+        gone = "" if account is None else f", and the account {account.name}"
+        say(f"{store.forget(settings.name)} answers erased{gone}")
+    for written in sorted(folder_of(common).glob("round-*/feedback.jsonl")):
+        records = read_feedback(written)
+        kept = [record for record in records if record.annotator != pseudonym]
+        if len(kept) < len(records):
+            say(f"{len(records) - len(kept)} of them were in {write_feedback(written, kept)} too")
+
+
+def worth(common: Common, settings: Worth) -> None:
+    """Say how many more answers are worth it; leaves learning-curve.png and learning-curve.json.
+
+    Reward models are fitted on an eighth, a quarter, half and all of the answers, measured on the
+    same held-out ones, and the curve is continued.
+    """
+    from collections import Counter
+
+    from reward_models import LearnedRewardModel
+    from reward_models.feedback import FeedbackStore
+    from reward_models.fitting import split
+    from reward_models.learning_curve import in_words, learning_curve
+    from reward_models.plots import plot_learning_curve
+
+    set_up(common)
+    with FeedbackStore(store_file(common, settings.store, there=True)) as store:
+        kinds = Counter(answer.task.kind for answer in store.answers())
+        kind = settings.kind or (kinds.most_common(1)[0][0] if kinds else None)
+        records = store.export(kind)
+    learned, held_out = split(records, settings.held_out, common.seed)
+    if len(learned) < LEAST_ANSWERS:
+        raise ValueError(
+            f"expected {LEAST_ANSWERS} {kind or 'answer'}s or more to learn from, for a curve, got "
+            f"{len(learned)} and {len(held_out)} held out"
+        )
+    measure: Any = f"{kind}s"
+    base, bar = named_model(settings.model), progress(4, "fitting")
+    curve = learning_curve(
+        lambda seed: LearnedRewardModel.from_pretrained(base, device_of(common), seed=seed),
+        learned,
+        held_out,
+        [len(learned) // part for part in (8, 4, 2, 1)],
+        measure,
+        settings.repeats,
+        common.seed,
+        on_point=lambda _: bar.update(),
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+    )
+    bar.close()
+    said = in_words(curve, len(records), settings.least_gain)
+    folder = folder_of(common)
+    plot_learning_curve(curve, folder / "learning-curve.png")
+    facts = {"answers": len(records), "least_gain": settings.least_gain, "said": said}
+    write_text(folder / "learning-curve.json", json.dumps(facts | asdict(curve), indent=1))
+    say(said)
+
+
+LEAST_ANSWERS = 32
+"""So many to learn from, for a curve: its first point has an eighth of them."""
+
+
+def compare(common: Common, settings: Compare) -> None:
+    """Say how often one policy's completions are better than another's: judge, reward, people."""
+    import numpy as np
+
+    from reward_models import load_reward_model
+    from reward_models.evaluation import share_interval
+    from reward_models.feedback import FeedbackStore, tasks_side_by_side
+    from reward_models.feedback.agreement import win_rates, with_equal_pairs
+    from text_env.prompts import load_prompts
+
+    set_up(common)
+    folder, policies = folder_of(common), (settings.first, settings.second)
+    settings = as_in_ppo(Path(settings.first).parent, settings)
+    prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
+    prompts = some_prompts(prompts, settings.n_prompts, common.seed)
+    mine, theirs = (samples_of(common, settings, lm, prompts, 1) for lm in policies)
+    asked = [prompt for prompt, texts in mine.items() for _ in texts]
+    sides = [[text for texts in side.values() for text in texts] for side in (mine, theirs)]
+    same = np.array([one == two for one, two in zip(*sides, strict=True)])
+    found: dict[str, Any] = {}
+    for name in ("judge", "reward_model"):
+        if (folder / name).exists():
+            model = load_reward_model(folder / name, device_of(common))
+            one, two = (model.score(asked, texts) for texts in sides)
+            tie = same | (one == two)  # equal texts are, whatever is in their batches
+            wins = float(np.sum((one > two) & ~tie) + 0.5 * np.sum(tie))
+            found[name] = [*share_interval(wins, len(asked)), len(asked)]
+    file = settings.store or folder / "compare.sqlite"  # nothing is learned from these answers
+    if settings.ask:
+        with FeedbackStore(file, common.seed) as store:
+            new = store.add(tasks_side_by_side(mine, theirs, policies))
+        say(f"{new} new tasks: python train.py annotate --run {folder} --store {file}")
+    if file.exists():
+        with FeedbackStore(file) as store:
+            rates = {
+                (r.origin, r.against): with_equal_pairs(r.rate, int(same.sum()), len(asked))
+                for r in win_rates(store.answers())
+            }
+        if policies in rates:
+            found["people"] = list(rates[policies])
+        elif policies[::-1] in rates:  # rates are of the first by name
+            share, low, high, n = rates[policies[::-1]]
+            found["people"] = [1 - share, 1 - high, 1 - low, n]
+    if not found:
+        raise ValueError(f"expected a judge or reward_model in {folder}, or answers; found none")
+    say(f"{settings.first} is better than {settings.second}, on {len(asked)} prompts:")
+    if same.any():
+        say(f"  {same.sum()} of the pairs are equal: half a win each; people are not asked them")
+    for name, (share, low, high, n) in found.items():
+        say(f"  {name}: {share:.2f} [{low:.2f}, {high:.2f}] of {n}")
+    rows = [
+        {"prompt": prompt, "first": one, "second": two}
+        for prompt, one, two in zip(asked, *sides, strict=True)
+    ]
+    result = {"policies": policies, "win_rate": found, "equal": int(same.sum())}
+    write_text(
+        folder / "compare.json",
+        json.dumps(result | {"samples": rows}, indent=1, ensure_ascii=False),
+    )

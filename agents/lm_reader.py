@@ -106,4 +106,4 @@ class LMReader(TokenModel):
         return log_probs if masks is None else np.where(masks, log_probs, -np.inf)
 
     def _ids(self, obs: np.ndarray) -> th.Tensor:
-        return th.as_tensor(np.asarray(obs), device=self.lm.device).long()
+        return th.as_tensor(np.ascontiguousarray(obs), device=self.lm.device).long()

@@ -110,6 +110,14 @@ class PPO:
     prompts: Path | None = None
     """Training prompts (.txt, .jsonl, .csv), or conversations (.jsonl, with `messages`), of which
     the user's turns are taken. None: the run's."""
+    user_fn: str | None = None
+    """Who speaks for the user in chats of several turns whose prompts have no such turns: a
+    function, as module:name (docs/recipes.md)."""
+    max_turns: int | None = None
+    """Answers in a conversation, at most; needed with user_fn."""
+    max_user_tokens: int | None = None
+    """Longest turn of the user, tokens, with what the chat template puts around it; needed with
+    user_fn."""
     vocabulary: Path | None = None
     """Texts (.txt, .jsonl, .csv) whose tokens are all that the policy may write with. None: the
     run's language.jsonl, or, with own `prompts`, the whole vocabulary."""
@@ -194,6 +202,12 @@ class Writing:
     """Tokens before a completion may end."""
     temperature: float | None = None
     """Divides the logits."""
+    user_fn: str | None = None
+    """Who speaks for the user in chats of several turns: a function, as module:name."""
+    max_turns: int | None = None
+    """Answers in a conversation, at most."""
+    max_user_tokens: int | None = None
+    """Longest turn of the user, tokens, with what the chat template puts around it."""
 
 
 @dataclass

@@ -48,6 +48,8 @@ def card_of(
     }
     if "learned" in by_name(settings.reward):
         training["reward model"] = f"made from `{base_of(learned)}`"
+    if settings.user_fn is not None:
+        training["user's turns"] = f"`{settings.user_fn}`, {settings.max_turns} answers at most"
     if settings.lora_rank is not None:
         merged = "merged in" if settings.merge_lora else "kept apart"
         training["adapters"] = f"rank {settings.lora_rank}, {merged}"

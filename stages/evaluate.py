@@ -55,7 +55,8 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         groups = write_all(common, settings, reference, policy, paid, prompts[: settings.n_prompts])
         give_back_memory()
         tokenizer, lm = load_tokenizer(reference), load_named(reference).to(device_of(common))
-        if tokenizer.eos_token_id is not None and "turns" not in prompts[0]:
+        has_turns = "turns" in prompts[0] or settings.user_fn is not None
+        if tokenizer.eos_token_id is not None and not has_turns:
             scorers[LIKELIHOOD] = LogLikelihood(lm, tokenizer, dtype_of(common))
         columns = sorted(set(prompts[0]) - {"prompt"} | asked)
         scores = {name: scores_of(group, columns, scorers) for name, group in groups.items()}

@@ -78,7 +78,12 @@ def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None
     Returns:
         The file of all answers so far; None while the round has not enough.
     """
-    from reward_models.feedback import FeedbackStore, tasks_from_completions, write_feedback
+    from reward_models.feedback import (
+        FeedbackStore,
+        tasks_from_completions,
+        with_chats,
+        write_feedback,
+    )
     from text_env.prompts import load_prompts
 
     here, source = folder_of(common), settings.ppo.prompts
@@ -96,7 +101,8 @@ def ask_about(common: Common, settings: Loop, policy: str, ensemble: Path | None
             prompts = some_prompts(load_prompts(source), n, common.seed)
             pairs = math.ceil(n / len(prompts)) * (2 if ensemble else 1)  # some to choose from
             samples = samples_of(common, how, policy, prompts, 2 * pairs)
-            tasks = tasks_from_completions(samples, "comparison", here.name)
+            tasks = tasks_from_completions(samples.texts, "comparison", here.name)
+            tasks = with_chats(tasks, samples.chats)
             random.Random(common.seed).shuffle(tasks)
             if ensemble is not None:
                 tasks = with_uncertainty(common, tasks, ensemble)

@@ -78,6 +78,7 @@ def tasks_to_ask(common: Common, settings: Annotate, kind: "Kind") -> "list[Task
         tasks_from_completions,
         tasks_from_jsonl,
         tasks_side_by_side,
+        with_chats,
     )
     from text_env.prompts import load_prompts
 
@@ -97,10 +98,11 @@ def tasks_to_ask(common: Common, settings: Annotate, kind: "Kind") -> "list[Task
         )
         mine = samples_of(common, settings, policy, prompts, settings.samples)
         if settings.against is None:
-            tasks = tasks_from_completions(mine, kind, policy)
+            tasks = with_chats(tasks_from_completions(mine.texts, kind, policy), mine.chats)
         else:
             theirs = samples_of(common, settings, settings.against, prompts, settings.samples)
-            tasks = tasks_side_by_side(mine, theirs, (policy, settings.against))
+            tasks = tasks_side_by_side(mine.texts, theirs.texts, (policy, settings.against))
+            tasks = with_chats(tasks, theirs.chats | mine.chats)
     return tasks
 
 
@@ -253,8 +255,9 @@ def compare(common: Common, settings: Compare) -> None:
 
     from reward_models import load_reward_model
     from reward_models.evaluation import share_interval
-    from reward_models.feedback import FeedbackStore, tasks_side_by_side
+    from reward_models.feedback import FeedbackStore, tasks_side_by_side, with_chats
     from reward_models.feedback.agreement import win_rates, with_equal_pairs
+    from reward_models.feedback.chats import side_by_side
     from text_env.prompts import load_prompts
 
     set_up(common)
@@ -263,8 +266,9 @@ def compare(common: Common, settings: Compare) -> None:
     prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
     prompts = some_prompts(prompts, settings.n_prompts, common.seed)
     mine, theirs = (samples_of(common, settings, lm, prompts, 1) for lm in policies)
-    asked = [prompt for prompt, texts in mine.items() for _ in texts]
-    sides = [[text for texts in side.values() for text in texts] for side in (mine, theirs)]
+    chats = theirs.chats | mine.chats
+    asked = [prompt for prompt, texts in mine.texts.items() for _ in texts]
+    sides = [[text for texts in side.texts.values() for text in texts] for side in (mine, theirs)]
     same = np.array([one == two for one, two in zip(*sides, strict=True)])
     found: dict[str, Any] = {}
     for name in ("judge", "reward_model"):
@@ -277,7 +281,9 @@ def compare(common: Common, settings: Compare) -> None:
     file = settings.store or folder / "compare.sqlite"  # nothing is learned from these answers
     if settings.ask:
         with FeedbackStore(file, common.seed) as store:
-            new = store.add(tasks_side_by_side(mine, theirs, policies))
+            new = store.add(
+                with_chats(tasks_side_by_side(mine.texts, theirs.texts, policies), chats)
+            )
         say(f"{new} new tasks: python train.py annotate --run {folder} --store {file}")
     if file.exists():
         with FeedbackStore(file) as store:
@@ -297,10 +303,12 @@ def compare(common: Common, settings: Compare) -> None:
         say(f"  {same.sum()} of the pairs are equal: half a win each; people are not asked them")
     for name, (share, low, high, n) in found.items():
         say(f"  {name}: {share:.2f} [{low:.2f}, {high:.2f}] of {n}")
-    rows = [
-        {"prompt": prompt, "first": one, "second": two}
-        for prompt, one, two in zip(asked, *sides, strict=True)
-    ]
+    rows = []
+    for prompt, *pair in zip(asked, *sides, strict=True):
+        rows.append({"prompt": prompt, "first": pair[0], "second": pair[1]})
+        chat = side_by_side(chats, prompt, pair)
+        if chat is not None:
+            rows[-1]["chat"] = asdict(chat)
     result = {"policies": policies, "win_rate": found, "equal": int(same.sum())}
     write_text(
         folder / "compare.json",

@@ -14,7 +14,7 @@ from stages.process import device_of, dtype_of, process_number, say
 from stages.resume import appending, remember_settings, to_go_on_from
 from stages.rewards import digest_of_reward, reward_function
 from stages.run_folder import folder_of, left_by, read_lines, stage
-from stages.writing import tokens_of
+from stages.writing import tokens_of, user_of, written_with
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
@@ -81,12 +81,7 @@ def train_policy(common: Common, settings: PPO) -> None:
         vocabulary = settings.vocabulary
         if vocabulary is None and settings.prompts is None:
             vocabulary = data(common) / "language.jsonl"
-        facts["writing"] = {
-            "max_new_tokens": settings.max_new_tokens,
-            "min_new_tokens": settings.min_new_tokens,
-            "temperature": settings.temperature,
-            "vocabulary": str(vocabulary) if vocabulary else None,
-        }
+        facts["writing"] = written_with(settings, vocabulary)
         prompts = settings.prompts or data(common) / "prompts.jsonl"
         env = training_env(
             common,
@@ -101,6 +96,7 @@ def train_policy(common: Common, settings: PPO) -> None:
             "reward model": digest_of_reward(common, settings),
             "tokenizer": fingerprint(tokenizer),
             f"prompts of {Path(prompts).name}": env.task.prompts.fingerprint(),
+            "user function": settings.user_fn,
             "judge": digest_of(folder / "judge") if (folder / "judge").exists() else None,
         }
         if checkpoint is None:
@@ -196,6 +192,7 @@ def training_env(
         missing_eos_penalty=settings.missing_eos_penalty,
         allowed_token_ids=tokens_of(vocabulary, tokenizer),
         nonfinite_scores="pass" if skips else "error",
+        **user_of(settings),
     )
 
 

@@ -99,6 +99,12 @@ def on_first_process(function: Callable[..., int | None], *arguments: Any) -> in
         th.set_num_threads(threads)
 
 
+def look_here_for_modules() -> None:
+    """Let functions named as module:name be of modules in the folder that one is in."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def progress(total: int | None, what: str) -> Any:
     """Return a progress bar; without a total, a counter."""
     from tqdm import tqdm

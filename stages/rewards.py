@@ -1,15 +1,13 @@
 """The reward function that settings ask for: a learned model, a metric, a function, or a sum."""
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from configs.settings import PPO, Common, Terms
 from stages.models import digest_of
-from stages.process import device_of, dtype_of
+from stages.process import device_of, dtype_of, look_here_for_modules
 from stages.run_folder import folder_of, left_by
 
 
@@ -62,8 +60,7 @@ def named_reward(common: Common, name: str) -> Callable[..., Any]:
     from text_env.scoring import load_reward
 
     if ":" in name and not Path(name).exists():
-        if os.getcwd() not in sys.path:  # where a user's module would be looked for
-            sys.path.append(os.getcwd())
+        look_here_for_modules()
         return load_reward(name)
     try:
         return load_reward_model(name, device_of(common))

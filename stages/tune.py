@@ -76,8 +76,9 @@ MEASURING = ("kl_budget", "kl_weight", "n_prompts", "evaluations")
 
 
 UNTUNED = (
-    "policy", "reference", "reward_model", "reward", "prompts", "vocabulary", "resume", "stop_on",
-    "shard", "save_every", "checkpoint_every", "checkpoint_keep", "merge_lora",
+    "policy", "reference", "reward_model", "reward", "prompts", "user_fn", "max_turns",
+    "max_user_tokens", "vocabulary", "resume", "stop_on", "shard", "save_every",
+    "checkpoint_every", "checkpoint_keep", "merge_lora",
 )  # fmt: skip
 """Settings of PPO that are not searched."""
 

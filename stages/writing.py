@@ -1,17 +1,24 @@
 """Completions of a policy as it was trained to write, for evaluation and for people."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from configs.settings import Common, Evaluate, Writing
-from stages.process import device_of, dtype_of, give_back_memory, progress
+from configs.settings import PPO, Common, Evaluate, Writing
+from stages.process import (
+    device_of,
+    dtype_of,
+    give_back_memory,
+    look_here_for_modules,
+    progress,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from agents import CausalLMPolicy
+    from reward_models.feedback import Chat
     from text_env import TextVecEnv
 
 
@@ -38,13 +45,26 @@ def as_in_ppo(folder: Path, settings: WritingT) -> WritingT:
     written = trained.get("writing", {})
     if isinstance(settings, Evaluate) and settings.reward is None:
         settings = replace(settings, reward=trained.get("reward"))
-    fallback = {"max_new_tokens": 48, "min_new_tokens": 0, "temperature": 1.0, "vocabulary": None}
-    given = {key: getattr(settings, key) for key in fallback}
+    fallback = {"max_new_tokens": 48, "min_new_tokens": 0, "temperature": 1.0}
+    given = {part.name: getattr(settings, part.name) for part in fields(Writing)}
     chosen = {key: value for key, value in given.items() if value is not None}
     filled = {**fallback, **written, **chosen}
-    if filled["vocabulary"] is not None:
+    if filled.get("vocabulary") is not None:
         filled["vocabulary"] = Path(filled["vocabulary"])
     return replace(settings, **filled)
+
+
+def written_with(settings: PPO | Writing, vocabulary: Path | None) -> dict[str, Any]:
+    """Return how a policy writes as the run's facts keep it, for `as_in_ppo`."""
+    how = {part.name: getattr(settings, part.name) for part in fields(Writing)}
+    return how | {"vocabulary": str(vocabulary) if vocabulary else None}
+
+
+def user_of(settings: PPO | Writing) -> dict[str, Any]:
+    """Return what an environment is told of the user who speaks in chats of several turns."""
+    if settings.user_fn is not None:
+        look_here_for_modules()
+    return {name: getattr(settings, name) for name in ("user_fn", "max_turns", "max_user_tokens")}
 
 
 def writing_env(
@@ -65,6 +85,7 @@ def writing_env(
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens,
         allowed_token_ids=tokens_of(settings.vocabulary, tokenizer),
+        **user_of(settings),
     )
 
 
@@ -90,11 +111,24 @@ def writer(
     return policy
 
 
+class Samples(NamedTuple):
+    """What a policy has written.
+
+    Attributes:
+        texts: Completions by prompt.
+        chats: The messages that these are made of, by prompt and completion, where they are chats.
+    """
+
+    texts: dict[str, list[str]]
+    chats: dict[tuple[str, str], "Chat"]
+
+
 def samples_of(
     common: Common, settings: Writing, lm: str, prompts: list[dict[str, Any]], n: int
-) -> dict[str, list[str]]:
-    """Let a policy continue every prompt n times; return its completions by prompt."""
+) -> Samples:
+    """Let a policy continue every prompt n times."""
     from agents.writing import write_episodes
+    from reward_models.feedback import chats_of
 
     give_back_memory()
     env = writing_env(
@@ -102,11 +136,14 @@ def samples_of(
     )
     model = writer(common, settings, env, lm)
     bar = progress(n, f"sampling {Path(lm).name}")
-    written: dict[str, list[str]] = {}
+    written = Samples({}, {})
     for _ in range(n):
         env.seed(common.seed)
-        for episode in write_episodes(model, env):
-            written.setdefault(episode["prompt"], []).append(episode["completion"])
+        episodes = write_episodes(model, env)  # one per prompt, in their order
+        for episode in episodes:
+            written.texts.setdefault(episode["prompt"], []).append(episode["completion"])
+        found = chats_of(episodes, [prompt["prompt"] for prompt in prompts])
+        written.chats.update(found | written.chats)  # what came first stays
         bar.update()
     bar.close()
     return written

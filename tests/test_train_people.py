@@ -22,6 +22,7 @@ from reward_models import read_feedback
 from reward_models.feedback import Accounts, FeedbackStore, Task
 from stages import people
 from stages.report import people_section
+from stages.writing import Samples
 
 ROOT = Path(train.__file__).parent
 
@@ -228,9 +229,10 @@ def test_compare_says_who_wins_and_asks_people_too(run, own, capsys) -> None:  #
 
 
 def test_equal_completions_are_half_a_win_for_each(run, monkeypatch, capsys) -> None:
-    def samples(common, settings, lm, prompts, n) -> dict[str, list[str]]:
+    def samples(common, settings, lm, prompts, n) -> Samples:
         texts = [row["prompt"] for row in prompts]
-        return {p: [" is it" if i < 2 else f" {Path(lm).name}"] for i, p in enumerate(texts)}
+        said = {p: [" is it" if i < 2 else f" {Path(lm).name}"] for i, p in enumerate(texts)}
+        return Samples(said, {})
 
     class Uneven:  # as in batches of other lengths, equal texts differ by a rounding error
         def score(self, prompts, completions) -> np.ndarray:

@@ -83,7 +83,10 @@ class UserTurns:
         if user_fn is not None:
             assert max_turns is not None and max_tokens is not None
             if TURNS in prompts.column_names:
-                raise ValueError(f"expected user_fn or the column {TURNS!r}, got both")
+                raise ValueError(
+                    f"expected user_fn or the column {TURNS!r}, got both: leave user_fn out, or "
+                    f"that column (rows with `messages` have it: give them as `prompt`)"
+                )
             self._user_fn = load_function(user_fn, "user_fn")
             self.max_turns, self.max_tokens = max_turns, max_tokens
             return

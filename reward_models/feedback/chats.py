@@ -102,6 +102,23 @@ def chats_of(
     return found
 
 
+def side_by_side(
+    chats: Mapping[tuple[str, str], Chat], prompt: str, completions: Sequence[str]
+) -> Chat | None:
+    """The chat behind a prompt and several completions; None if it is not known of each.
+
+    Args:
+        chats: of one completion each, as `chats_of` gives them.
+        prompt: the text.
+        completions: texts.
+    """
+    found = [chats.get((prompt, completion)) for completion in completions]
+    known = [chat for chat in found if chat is not None]
+    if len(known) < len(found):
+        return None
+    return Chat(known[0].prompt, tuple(chat.completions[0] for chat in known))
+
+
 def _messages(values: Any) -> tuple[Message, ...]:
     if not isinstance(values, list | tuple):
         raise ValueError(f"expected a list of messages in chat, got {values!r:.60}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, TypeGuard, get_args
 
-from reward_models.feedback.chats import Chat, as_chat
+from reward_models.feedback.chats import Chat, as_chat, side_by_side
 from reward_models.feedback.json_lines import read_json_lines
 
 Kind = Literal["comparison", "rating", "label"]
@@ -257,15 +257,10 @@ def with_chats(tasks: Iterable[Task], chats: Mapping[tuple[str, str], Chat]) -> 
         tasks: the questions.
         chats: of one completion each, by prompt and completion, as `chats_of` gives them.
     """
-    said: list[Task] = []
-    for task in tasks:
-        found = [chats.get((task.prompt, completion)) for completion in task.completions]
-        known = [chat for chat in found if chat is not None]
-        if len(known) == len(found):
-            completions = tuple(chat.completions[0] for chat in known)
-            task = replace(task, chat=Chat(known[0].prompt, completions))
-        said.append(task)
-    return said
+    return [
+        replace(task, chat=side_by_side(chats, task.prompt, task.completions) or task.chat)
+        for task in tasks
+    ]
 
 
 def _tasks_of_line(values: Any, kind: Kind) -> list[Task]:

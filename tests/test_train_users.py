@@ -1,0 +1,176 @@
+"""The command line where a function speaks for the user, and chats before people."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import letter_tokenizer, tiny_llama
+from test_train_chat import TEMPLATE, chat
+
+import train
+from reward_models.feedback import FeedbackStore, Message
+
+USERS = """
+def echo(conversations, **columns):
+    assert "letter" in columns
+    return [None if c[-1]["content"] == "" else c[0]["content"] for c in conversations]
+
+def fails(conversations, **columns):
+    raise KeyError("who")
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A model with a chat template, prompts, whole conversations, and a module of users."""
+    folder = tmp_path_factory.mktemp("users")
+    tokenizer = letter_tokenizer("abcdefu")
+    tokenizer.chat_template = TEMPLATE
+    tiny_llama(len(tokenizer)).save_pretrained(folder / "lm")
+    tokenizer.save_pretrained(folder / "lm")
+    prompts = [
+        {"prompt": [{"role": "user", "content": x + y}], "letter": x} for x in "abcd" for y in "ef"
+    ]
+    for name, rows in (("prompts", prompts), ("chats", [chat(x, x + x, x) for x in "abcd"])):
+        lines = "\n".join(json.dumps(row) for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "users_of_a_test.py").write_text(USERS)
+    return folder
+
+
+def ppo_line(made: Path, run: Path, **changes) -> list[str]:
+    settings = {
+        "policy": made / "lm",
+        "prompts": made / "prompts.jsonl",
+        "reward": "length",
+        "user_fn": "users_of_a_test:echo",
+        "max_turns": 3,
+        "max_user_tokens": 6,  # <eos>uab<eos>>
+        "total_timesteps": 64,
+        "n_envs": 4,
+        "batch_size": 64,
+        "trainable_layers": "null",
+        "max_new_tokens": 4,
+        "min_new_tokens": 1,
+        "checkpoint_every": 1,
+        **changes,
+    }
+    flags = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+    return ["ppo", "--run", str(run), "--device", "cpu", "--dtype", "float32", *flags]
+
+
+@pytest.fixture(scope="module")
+def run(made, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("run") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)  # where the module is
+        assert train.main(ppo_line(made, run)) == 0
+    return run
+
+
+def test_a_function_speaks_for_the_user_in_training_and_evaluation(made, run) -> None:
+    samples = [json.loads(line) for line in (run / "samples.jsonl").open(encoding="utf-8")]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
+    assert rows[0]["rollout/completion_tokens"] > 4  # of several turns
+    line = f"evaluate --run {run} --device cpu --prompts {made}/prompts.jsonl --best_of 1"
+    assert train.main([*line.split(), "--reference", str(made / "lm")]) == 0
+    found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    for episode in (*samples, *found["episodes"]["policy"]):
+        said = [m["content"] for m in episode["messages"] if m["role"] == "user"]
+        assert len(set(said)) == 1 and 1 <= len(said) <= 3
+    assert max(len(e["messages"]) for e in found["episodes"]["policy"]) == 6
+    assert "perplexity" not in found["measures"]["policy"]
+    card = (run / "policy" / "README.md").read_text(encoding="utf-8")
+    assert "`users_of_a_test:echo`, 3 answers at most" in card
+
+
+def test_a_training_goes_on_with_the_user_that_it_began_with(made, run, capsys) -> None:
+    line = ["ppo", "--resume", str(run), "--total_timesteps", "240"]
+    assert train.main([*line, "--user_fn", "users_of_a_test:fails"]) == 1
+    said = "began with, where user_fn is users_of_a_test:echo, not users_of_a_test:fails"
+    assert said in capsys.readouterr().err
+    settings = run / "checkpoints" / "settings.json"
+    began = settings.read_text()
+    settings.write_text(began.replace(":echo", ":fails"))  # by hand
+    assert train.main(line) == 1
+    said = "user function: 'users_of_a_test:echo' there, 'users_of_a_test:fails' here"
+    assert said in capsys.readouterr().err
+    settings.write_text(began)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"user_fn": "users_of_a_test:nobody"},
+            'user_fn: expected a callable or "module:name", got .users_of_a_test:nobody.',
+        ),
+        ({"user_fn": "no_such_module:f"}, "got .no_such_module:f. .No module named"),
+        ({"user_fn": "users_of_a_test:fails"}, "user_fn: fails raised KeyError: 'who'"),
+        ({"max_turns": None}, "max_turns: expected a number with user_fn, got None"),
+        ({"max_user_tokens": None}, "max_user_tokens: expected a number with user_fn, got None"),
+        ({"max_user_tokens": 3}, "expected at most 3 tokens .* raise max_user_tokens"),
+        ({"user_fn": None}, "expected user_fn, or prompts with the column"),
+        ({"prompts": "chats.jsonl"}, "expected user_fn or the column 'turns', got both"),
+    ],
+)
+def test_what_is_wrong_with_a_user_is_said(made, tmp_path, monkeypatch, capsys, changes, message):
+    monkeypatch.chdir(made)
+    assert train.main(ppo_line(made, tmp_path / "a", **changes)) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def keys(monkeypatch, *lines: str) -> None:
+    left = iter(lines)
+    monkeypatch.setattr("rich.console.Console.input", lambda self, prompt: next(left, "q"))
+
+
+def asked_in(store: Path) -> list:
+    with FeedbackStore(store) as found:
+        return found.unanswered()
+
+
+def test_people_are_asked_about_whole_conversations(made, run, monkeypatch, capsys) -> None:
+    keys(monkeypatch, "1")
+    line = f"annotate --terminal true --run {run} --prompts {made}/prompts.jsonl --device cpu"
+    assert train.main(line.split()) == 0
+    screen = capsys.readouterr().out
+    assert re.search("│ user: [abcd][ef] ", screen) and "<eos>" not in screen
+    tasks = asked_in(run / "feedback.sqlite")
+    assert len(tasks) >= 4
+    for task in tasks:
+        assert task.prompt.startswith("u") and task.prompt.endswith("<eos>>")
+        (asked,) = task.chat.prompt
+        assert f"u{asked.content}<eos>>" == task.prompt
+        for text, messages in zip(task.completions, task.chat.completions, strict=True):
+            assert "\n".join(m.content for m in messages[::2]) == text
+            assert set(messages[1::2]) <= {asked}
+    assert any(task.chat.is_of_turns for task in tasks)
+    assert train.main(f"feedback export {run}/answers.jsonl --run {run}".split()) == 0
+    (answer,) = map(json.loads, (run / "answers.jsonl").open(encoding="utf-8"))
+    said = ["\n".join(m["content"] for m in c[::2]) for c in answer["chat"]["completions"]]
+    assert said == [answer["chosen"], answer["rejected"]]
+
+
+def test_policies_are_compared_by_answers_as_messages(made, tmp_path) -> None:
+    (tmp_path / "other").symlink_to(made / "lm")
+    line = f"compare {made}/lm {tmp_path}/other --run {tmp_path} --prompts {made}/prompts.jsonl"
+    how = "--ask true --max_new_tokens 4 --device cpu --dtype float32"
+    assert train.main([*line.split(), *how.split()]) == 1  # no judge, and nobody has answered yet
+    tasks = asked_in(tmp_path / "compare.sqlite")
+    assert len(tasks) >= 4
+    for task in tasks:
+        assert [m.role for m in task.chat.prompt] == ["user"]
+        assert task.chat.completions == tuple((Message("assistant", t),) for t in task.completions)
+    with FeedbackStore(tmp_path / "compare.sqlite") as store:
+        given = store.next_task("ann")
+        store.answer(given.id, "ann", "left")
+    assert train.main([*line.split(), *how.split()]) == 0
+    found = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    for row in found["samples"]:
+        assert [m["content"] for (m,) in row["chat"]["completions"]] == [
+            row["first"],
+            row["second"],
+        ]
+        assert f"u{row['chat']['prompt'][0]['content']}<eos>>" == row["prompt"]

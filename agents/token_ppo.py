@@ -412,12 +412,10 @@ class TokenPPO(ResumablePPO):
         if buffer.segments:
             with self._saying_where():
                 super().train()
-        if self.on_nonfinite == "skip":
-            self.nonfinite_skipped += buffer.n_left_out + self.policy.guard.n_skipped
-            self.policy.guard.n_skipped = 0
-            self.logger.record("train/nonfinite_skipped", self.nonfinite_skipped)
-            if not buffer.segments:
-                return
+        self._count_skipped(self.policy.guard.n_skipped)
+        self.policy.guard.n_skipped = 0
+        if self.on_nonfinite == "skip" and not buffer.segments:
+            return
         if self.shard:
             self.policy.gather()
         trained = buffer.lengths > 0
@@ -428,6 +426,12 @@ class TokenPPO(ResumablePPO):
             )
         )
         self.logger.record("train/explained_variance", explained)
+
+    def _count_skipped(self, n: int) -> None:
+        """Add to what was left out so far, and log it: of a rollout with that, not a line later."""
+        if self.on_nonfinite == "skip":
+            self.nonfinite_skipped += n
+            self.logger.record("train/nonfinite_skipped", self.nonfinite_skipped)
 
     @contextmanager
     def _saying_where(self) -> Iterator[None]:
@@ -489,6 +493,7 @@ class TokenPPO(ResumablePPO):
         self.policy.forget()  # its cache is the largest thing there is, and of no more use
         written = self.rollout_buffer.n_tokens + self.rollout_buffer.n_tokens_left_out
         self._num_timesteps = self._tokens_before + int(ranks.total(written))
+        self._count_skipped(self.rollout_buffer.n_left_out)
         if not self.rollout_buffer.segments:
             self.finished_episodes = []
             self._open_kl[:] = 0

@@ -149,6 +149,8 @@ def train_policy(common: Common, settings: PPO) -> None:
         saver.store.prune()
         rows = map(json.loads, read_lines(made / "metrics.jsonl"))
         facts["tokens"] = model.num_timesteps
+        if settings.on_nonfinite == "skip":
+            facts["nonfinite_skipped"] = model.nonfinite_skipped
         facts["doctor"] = [json.loads(line)["name"] for line in read_lines(logs[2])]
         facts["episodes"] = sum(row.get("rollout/episodes", 0) for row in rows)
         steps = model.policy.guard.n_steps

@@ -169,4 +169,6 @@ def found_by(facts: dict[str, Any]) -> list[str]:
         found.append(PEOPLE.format(**facts["people"]))
     if "tokens" in facts:
         found.append(f"{facts['tokens']} tokens, {facts['episodes']} episodes")
+    if facts.get("nonfinite_skipped"):
+        found.append(f"{facts['nonfinite_skipped']} sequences and minibatches left out, not finite")
     return found

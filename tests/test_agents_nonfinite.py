@@ -7,6 +7,7 @@ import pytest
 import torch as th
 from conftest import tiny_gpt2
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import VecEnvWrapper
 from test_agents_token_ppo import AtRolloutEnd, count_a, make_env, make_model
 
@@ -147,6 +148,32 @@ def test_skip_leaves_the_episode_with_a_bad_reward_out_and_learns_from_the_other
     after = state_of(model)
     assert not same(before, after[: len(before)])
     assert all(p.isfinite().all() for p in after)
+
+
+class Rows(KVWriter):
+    """Keeps what is logged, row by row."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict] = []
+
+    def write(self, key_values: dict, key_excluded: dict, step: int = 0) -> None:
+        self.rows.append(dict(key_values))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("at", [2, 12])
+def test_what_a_rollout_leaves_out_stands_in_its_own_row_the_last_one_too(at: int) -> None:
+    """The first or the second, and last, of two rollouts of 8 steps has the bad reward."""
+    model, kept = (
+        make_model(BadReward(make_env(4), np.nan, at), on_nonfinite="skip", n_steps=8),
+        Rows(),
+    )
+    model.set_logger(Logger(None, [kept]))
+    model.learn(64)
+    counts = [row["train/nonfinite_skipped"] for row in kept.rows]
+    assert counts == ([1, 1] if at == 2 else [0, 1]) and model.nonfinite_skipped == 1
 
 
 @pytest.mark.parametrize("source", ["slope of the loss in log_prob", "gradient"])

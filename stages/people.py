@@ -30,13 +30,18 @@ def annotate(common: Common, settings: Annotate) -> None:
     if settings.against is not None and kind != "comparison":
         raise ValueError(f"expected kind comparison with against, got {kind}")
     file = store_file(common, settings.store)
+    tasks = None if file.exists() else tasks_to_ask(common, settings, kind)
+    if tasks == []:  # nor is a store made where there is no run
+        raise ValueError("expected tasks, or samples that differ, to ask about, got none")
     with (
         FeedbackStore(file, common.seed, settings.gold_rate) as store,
         Accounts(file) as accounts,
     ):
         given = (settings.tasks, settings.policy, settings.against, settings.prompts)
-        if any(value is not None for value in given) or store.count_tasks(settings.kind) == 0:
+        is_asked = any(value is not None for value in given)
+        if tasks is None and (is_asked or store.count_tasks(settings.kind) == 0):
             tasks = tasks_to_ask(common, settings, kind)
+        if tasks is not None:
             overlap = (settings.overlap_share, settings.overlap_annotators)
             say(f"{store.add(tasks, *overlap)} new tasks")
         if settings.ensemble is not None:

@@ -238,7 +238,8 @@ class Evaluate(Writing):
     policy: str | None = None
     """The trained policy. None: the run's policy/."""
     reference: str | None = None
-    """What it is compared with, and the KL is measured to. None: the run's sft/."""
+    """What it is compared with, and the KL is measured to; the report calls it so. None: the run's
+    sft/, the warm start."""
     reward_model: str | None = None
     """None: the run's reward_model/."""
     reward: Terms = None

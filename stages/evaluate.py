@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(common: Common, settings: Evaluate) -> None:
-    """Compare policy and warm start, or --reference, on test prompts; leaves report.md, pictures."""
+    """Compare policy and warm start, or reference, on test prompts; leaves report.md and more."""
     from agents.language_model import load_named
     from agents.likelihood import LogLikelihood
     from reward_models import EachAnswer, LearnedRewardModel, LexiconSentiment

@@ -1,13 +1,14 @@
 """The presets: settings that train.py knows, files that are there, data that are sound."""
 
-import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 import train
-from reward_models import read_feedback
+from configs import make_data
+from reward_models import Rouge, read_feedback
 
 ROOT = Path(train.__file__).parent
 PRESETS = sorted(set((ROOT / "configs").glob("*.yaml")) - {ROOT / "configs" / "tune.yaml"})
@@ -24,20 +25,54 @@ def test_presets_can_be_read(preset: Path, monkeypatch) -> None:
         assert Path(settings.sft.model).is_file()
 
 
-def test_the_small_data_sets_are_what_the_script_writes(tmp_path) -> None:
-    spec = importlib.util.spec_from_file_location("make_data", ROOT / "configs/make_data.py")
-    assert spec is not None and spec.loader is not None
-    make_data = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_data)
+def rows_of(task: str, part: str) -> list[dict]:
+    text = (ROOT / "configs" / task / f"{part}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("task", ["qa", "summaries"])
+def test_the_small_data_sets_are_what_the_script_writes(tmp_path, task) -> None:
     make_data.main(tmp_path)
-    for task in ("qa", "summaries"):
-        seen: set[str] = set()
-        for part, size in make_data.SIZES.items():
-            text = (tmp_path / task / f"{part}.jsonl").read_text(encoding="utf-8")
-            assert text == (ROOT / "configs" / task / f"{part}.jsonl").read_text(encoding="utf-8")
-            prompts = {json.loads(line)["prompt"] for line in text.splitlines()}
-            assert len(prompts) == size and not prompts & seen
-            seen |= prompts
-        for part in ("feedback", "judge"):
-            records = read_feedback(ROOT / "configs" / task / f"{part}.jsonl")
-            assert all(record.chosen != record.rejected for record in records)
+    seen: set[str] = set()
+    for name, part in make_data.PARTS.items():
+        made, kept = (place / task / f"{name}.jsonl" for place in (tmp_path, ROOT / "configs"))
+        assert made.read_bytes() == kept.read_bytes(), "run configs/make_data.py"
+        prompts = {row["prompt"] for row in rows_of(task, name)}
+        assert len(prompts) == part.size and not prompts & seen
+        seen |= prompts
+    for part in ("feedback", "judge"):
+        records = read_feedback(ROOT / "configs" / task / f"{part}.jsonl")
+        assert all(record.chosen != record.rejected for record in records)
+    assert sum(path.stat().st_size for path in (ROOT / "configs" / task).iterdir()) < 400_000
+
+
+@pytest.mark.parametrize(
+    ("task", "on_later_topics"),
+    [("qa", {"pounds", "trains", "train", "child"}), ("summaries", {"mayor", "bridge", "harvest"})],
+)
+def test_ppo_meets_words_and_topics_that_the_warm_start_has_not_shown(
+    task, on_later_topics
+) -> None:
+    words = {
+        part: {word for row in rows_of(task, part) for word in re.findall(r"\w+", str(row))}
+        for part in ("warm_start", "train", "test")
+    }
+    assert {"Amal", "Arden"} <= words["warm_start"]
+    assert {"Wanda", "Upwell"} | on_later_topics <= words["train"] - words["warm_start"]
+    assert {"Greta", "Girton"} <= words["test"] - words["train"] - words["warm_start"]
+    assert on_later_topics <= words["test"]
+
+
+def test_a_copied_sentence_is_not_a_summary() -> None:
+    rouge = Rouge("rouge1")
+    for row in rows_of("summaries", "test"):
+        report = row["prompt"].partition("\nIn one sentence:")[0]
+        sentences = re.findall(r".+?[.?](?= |$)", report)
+        assert 3 <= len(sentences) <= 6
+        texts = [*sentences, row["reference"][0]]
+        *copied, own = rouge(
+            prompts=[row["prompt"]] * len(texts),
+            completions=texts,
+            reference=[row["reference"]] * len(texts),
+        )
+        assert own == 1 and max(copied) < 0.9

@@ -61,12 +61,18 @@ def test_conversations_from_the_warm_start_to_the_report(run) -> None:
     assert "**user:** a **assistant:**" in report and "<eos>" not in report
 
 
-def test_the_presets_chats_are_whole_and_no_test_chat_is_trained_on() -> None:
+def test_the_presets_chats_are_whole_and_each_part_has_its_own() -> None:
     openings = {}
-    for part, size in (("train", 36), ("test", 12)):
+    for part, size in (("train", 36), ("prompts", 60), ("test", 40)):
         lines = (ROOT / f"configs/chat/{part}.jsonl").read_text(encoding="utf-8").splitlines()
-        chats = [json.loads(line)["messages"] for line in lines]
-        assert all([m["role"] for m in c] == ["user", "assistant"] * 2 for c in chats)
-        openings[part] = {c[0]["content"] for c in chats}
+        chats = [json.loads(line) for line in lines]
+        if part == "train":
+            roles = [[m["role"] for m in chat["messages"]] for chat in chats]
+            assert roles == [["user", "assistant"] * 2] * size
+            openings[part] = {chat["messages"][0]["content"] for chat in chats}
+        else:
+            assert {len(chat["turns"]) for chat in chats} == {1}
+            assert [[m["role"] for m in chat["prompt"]] for chat in chats] == [["user"]] * size
+            openings[part] = {chat["prompt"][0]["content"] for chat in chats}
         assert len(openings[part]) == size
-    assert not openings["train"] & openings["test"]
+    assert len(set().union(*openings.values())) == 36 + 60 + 40

@@ -62,7 +62,7 @@ lint: $(BIN)/.installed
 
 type: $(BIN)/.installed
 	$(BIN)/mypy
-	$(BIN)/mypy train.py benchmarks examples
+	$(BIN)/mypy train.py stages benchmarks examples
 
 clean:
 	rm -rf $(VENV) $(VENV)-ppo $(VENV)-plug-ins .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """What every stage of train.py can be told: fields with their defaults and a sentence each.
 
 The command line and the YAML files beside this one are made of these; nothing heavy is imported,
-so that `--help` is instant. What the settings do is in train.py.
+so that `--help` is instant. What the settings do is in stages/.
 """
 
 from dataclasses import dataclass, field

@@ -96,7 +96,7 @@ def readable(episode: Mapping[str, Any]) -> dict[str, Any]:
     before, messages = parts(episode)
     said = [f"**{m['role']}:** {m['content']}" for m in messages[1:]]
     completion = "\n".join([messages[0]["content"], *said])
-    return {**episode, "prompt": _said(before), "completion": completion}
+    return {**episode, "prompt": _said(before).removesuffix("\n"), "completion": completion}
 
 
 def parts(episode: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -105,6 +105,19 @@ def parts(episode: Mapping[str, Any]) -> tuple[Any, Any]:
         return episode["prompt"], episode["completion"]
     start = len(episode["messages"]) - 2 * episode["n_turns"] + 1
     return episode["messages"][:start], episode["messages"][start:]
+
+
+def as_texts(episode: Mapping[str, Any]) -> tuple[str, str]:
+    """Return a finished episode's prompt and completion as texts, to learn a reward from.
+
+    Of several turns the completion is all that was said after the prompt, without a template's
+    marks: one text with the prompt, it is what the last answer is scored as (`answers_of`).
+    """
+    before, said = parts(episode)
+    if isinstance(said, str):
+        return before, said
+    *earlier, last = said
+    return _said(before), _said(earlier) + last["content"]
 
 
 def _has_turns(episode: Mapping[str, Any]) -> bool:
@@ -128,4 +141,4 @@ def _each(before: Messages, messages: Messages) -> Iterator[tuple[str, str]]:
 
 
 def _said(messages: Messages) -> str:
-    return "\n".join(m["content"] for m in messages if m["role"] != "system")
+    return "".join(m["content"] + "\n" for m in messages if m["role"] != "system")

@@ -1,15 +1,11 @@
 """A conversation with a policy, at the terminal."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from configs.settings import Chat, Common, Writing
 from stages.process import set_up
 from stages.run_folder import left_by
 from stages.writing import as_in_ppo, tokens_of, writer
-
-if TYPE_CHECKING:
-    pass
 
 
 def chat(common: Common, settings: Chat) -> None:

@@ -313,6 +313,7 @@ def compare(common: Common, settings: Compare) -> None:
     import numpy as np
 
     from reward_models import load_reward_model
+    from reward_models.conversations import answers_of, as_texts
     from reward_models.evaluation import share_interval
     from reward_models.feedback import FeedbackStore, tasks_side_by_side, with_chats
     from reward_models.feedback.agreement import win_rates, with_equal_pairs
@@ -326,14 +327,15 @@ def compare(common: Common, settings: Compare) -> None:
     prompts = some_prompts(prompts, settings.n_prompts, common.seed)
     mine, theirs = (samples_of(common, settings, lm, prompts, 1) for lm in policies)
     chats = theirs.chats | mine.chats
-    asked = [prompt for prompt, texts in mine.texts.items() for _ in texts]
-    sides = [[text for texts in side.texts.values() for text in texts] for side in (mine, theirs)]
+    asked = [as_texts(episode)[0] for episode in mine.episodes]
+    sides = [[as_texts(episode)[1] for episode in side.episodes] for side in (mine, theirs)]
+    answers = [answers_of(side.episodes) for side in (mine, theirs)]
     same = np.array([one == two for one, two in zip(*sides, strict=True)])
     found: dict[str, Any] = {}
     for name in ("judge", "reward_model"):
         if (folder / name).exists():
             model = load_reward_model(folder / name, device_of(common))
-            one, two = (model.score(asked, texts) for texts in sides)
+            one, two = (a.mean(model.score(a.prompts, a.completions)) for a in answers)
             tie = same | (one == two)  # equal texts are, whatever is in their batches
             wins = float(np.sum((one > two) & ~tie) + 0.5 * np.sum(tie))
             found[name] = [*share_interval(wins, len(asked)), len(asked)]

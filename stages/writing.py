@@ -115,12 +115,22 @@ class Samples(NamedTuple):
     """What a policy has written.
 
     Attributes:
-        texts: Completions by prompt.
-        chats: The messages that these are made of, by prompt and completion, where they are chats.
+        episodes: The environment's final information on each.
+        chats: The messages that they are made of, by `as_texts`, where they are chats.
     """
 
-    texts: dict[str, list[str]]
+    episodes: Episodes
     chats: dict[tuple[str, str], "Chat"]
+
+    @property
+    def texts(self) -> dict[str, list[str]]:
+        """Completions by prompt, as a reward model learns from them."""
+        from reward_models.conversations import as_texts
+
+        texts: dict[str, list[str]] = {}
+        for prompt, completion in map(as_texts, self.episodes):
+            texts.setdefault(prompt, []).append(completion)
+        return texts
 
 
 def samples_of(
@@ -136,12 +146,11 @@ def samples_of(
     )
     model = writer(common, settings, env, lm)
     bar = progress(n, f"sampling {Path(lm).name}")
-    written = Samples({}, {})
+    written = Samples([], {})
     for _ in range(n):
         env.seed(common.seed)
         episodes = write_episodes(model, env)  # one per prompt, in their order
-        for episode in episodes:
-            written.texts.setdefault(episode["prompt"], []).append(episode["completion"])
+        written.episodes.extend(episodes)
         found = chats_of(episodes, [prompt["prompt"] for prompt in prompts])
         written.chats.update(found | written.chats)  # what came first stays
         bar.update()

@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def float32(monkeypatch) -> None:
     """Compute in float32 where the processor has bfloat16 too: figures are compared."""
-    monkeypatch.setattr(movies.train, "dtype_of", lambda common: "float32")
+    monkeypatch.setattr(movies, "dtype_of", lambda common: "float32")
 
 
 @pytest.fixture

@@ -117,26 +117,31 @@ def test_chats_are_found_behind_episodes() -> None:
         *asked,
         *({"role": role, "content": role[0]} for role in ("assistant", "user", "assistant")),
     ]
+    short = [*asked, {"role": "assistant", "content": "b"}]
     episodes = [
         {"prompt": "<u>Hi?", "completion": "x"},
         {"prompt": "<u>Hi?", "completion": "y", "messages": "a column of this name"},
         {"prompt": "<u>Hi?", "completion": "a\na", "messages": turns, "n_turns": 2},
+        {"prompt": "<u>Hi?", "completion": "b", "messages": short, "n_turns": 1},
         {"prompt": "text", "completion": "x"},
         {"prompt": "<u>parts", "completion": "x"},
     ]
-    prompts = [asked, asked, asked, "text", [{"role": "user", "content": [parts]}]]
+    prompts = [asked, asked, asked, asked, "text", [{"role": "user", "content": [parts]}]]
     chats = chats_of(episodes, prompts)
     user, three = (Message("user", "Hi?"),), "aua"
     roles = {"a": "assistant", "u": "user"}
     assert chats == {
         ("<u>Hi?", "x"): Chat(user, ((Message("assistant", "x"),),)),
         ("<u>Hi?", "y"): Chat(user, ((Message("assistant", "y"),),)),
-        ("<u>Hi?", "a\na"): Chat(user, (tuple(Message(roles[x], x) for x in three),)),
+        ("Hi?\n", "a\nu\na"): Chat(user, (tuple(Message(roles[x], x) for x in three),)),
+        ("Hi?\n", "b"): Chat(user, ((Message("assistant", "b"),),)),
     }
-    tasks = tasks_from_completions({"<u>Hi?": ["x", "a\na", "y", "unknown"], "text": ["x", "y"]})
+    several, one = ("Hi?\n", "a\nu\na"), ("Hi?\n", "b")
+    samples = {"Hi?\n": [several[1], one[1], "x", "unknown"], "text": ["x", "y"]}
+    tasks = tasks_from_completions(samples)
     found = with_chats(tasks, chats)
     assert [replace(task, chat=None) for task in found] == tasks
-    wanted = (chats["<u>Hi?", "x"].completions[0], chats["<u>Hi?", "a\na"].completions[0])
+    wanted = (chats[several].completions[0], chats[one].completions[0])
     assert [task.chat for task in found] == [Chat(user, wanted), None, None]
 
 

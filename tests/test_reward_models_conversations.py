@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from reward_models import EachAnswer
-from reward_models.conversations import answers_of, readable
+from reward_models.conversations import answers_of, as_texts, readable
 
 
 def said(*texts: str) -> list[dict]:
@@ -35,7 +35,7 @@ def test_the_mean_over_answers_each_behind_what_was_said_before() -> None:
     assert scores.tolist() == [3.0, 1.0]
     assert inner.calls == [
         {
-            "prompts": ["a", "a\nbb\nc", "e"],
+            "prompts": ["a\n", "a\nbb\nc\n", "e\n"],
             "completions": ["bb", "dddd", "f"],
             "reference": ["x", "x", "y"],
         }
@@ -53,13 +53,22 @@ def test_texts_are_handed_on_as_they_are() -> None:
 def test_episodes_of_one_turn_and_of_several() -> None:
     info = {"prompt": "<template>", "completion": "bb\ndddd", "messages": CHATS[0], "n_turns": 2}
     answers = answers_of([{"prompt": "p", "completion": "c", "k": 1}, {**info, "k": 2}], ["k"])
-    assert answers.prompts == ["p", "a", "a\nbb\nc"]
+    assert answers.prompts == ["p", "a\n", "a\nbb\nc\n"]
     assert answers.completions == ["c", "bb", "dddd"] and answers.columns == {"k": [1, 2, 2]}
     np.testing.assert_allclose(answers.mean([1, 2, 4]), [1, 3])
     shown = readable(info)
     assert (shown["prompt"], shown["completion"]) == ("a", "bb\n**user:** c\n**assistant:** dddd")
     plain = {"prompt": "p", "completion": "c"}
     assert readable(plain) == plain
+
+
+def test_a_conversation_is_learned_from_as_its_last_answer_is_scored() -> None:
+    for chat, n_turns in zip(CHATS, (2, 1), strict=True):
+        info = {"prompt": "<template>", "completion": "c", "messages": chat, "n_turns": n_turns}
+        answers = answers_of([info])
+        assert "".join(as_texts(info)) == answers.prompts[-1] + answers.completions[-1]
+        assert as_texts(info)[0] == answers.prompts[0]
+    assert as_texts({"prompt": "p", "completion": "c", "messages": "a column"}) == ("p", "c")
 
 
 def test_wrong_numbers_of_scores_are_refused() -> None:

@@ -230,9 +230,9 @@ def test_compare_says_who_wins_and_asks_people_too(run, own, capsys) -> None:  #
 
 def test_equal_completions_are_half_a_win_for_each(run, monkeypatch, capsys) -> None:
     def samples(common, settings, lm, prompts, n) -> Samples:
-        texts = [row["prompt"] for row in prompts]
-        said = {p: [" is it" if i < 2 else f" {Path(lm).name}"] for i, p in enumerate(texts)}
-        return Samples(said, {})
+        said = [" is it" if i < 2 else f" {Path(lm).name}" for i in range(len(prompts))]
+        rows = zip(prompts, said, strict=True)
+        return Samples([{"prompt": row["prompt"], "completion": text} for row, text in rows], {})
 
     class Uneven:  # as in batches of other lengths, equal texts differ by a rounding error
         def score(self, prompts, completions) -> np.ndarray:

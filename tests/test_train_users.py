@@ -4,12 +4,16 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import letter_tokenizer, tiny_llama
 from test_train_chat import TEMPLATE, chat
 
+import reward_models
 import train
 from reward_models.feedback import FeedbackStore, Message
+from stages import people
+from stages.writing import Samples
 
 USERS = """
 def echo(conversations, **columns):
@@ -143,16 +147,15 @@ def test_people_are_asked_about_whole_conversations(made, run, monkeypatch, caps
     tasks = asked_in(run / "feedback.sqlite")
     assert len(tasks) >= 4
     for task in tasks:
-        assert task.prompt.startswith("u") and task.prompt.endswith("<eos>>")
         (asked,) = task.chat.prompt
-        assert f"u{asked.content}<eos>>" == task.prompt
+        assert task.prompt == f"{asked.content}\n"  # as the reward is given it, without a template
         for text, messages in zip(task.completions, task.chat.completions, strict=True):
-            assert "\n".join(m.content for m in messages[::2]) == text
+            assert "\n".join(m.content for m in messages) == text
             assert set(messages[1::2]) <= {asked}
     assert any(task.chat.is_of_turns for task in tasks)
     assert train.main(f"feedback export {run}/answers.jsonl --run {run}".split()) == 0
     (answer,) = map(json.loads, (run / "answers.jsonl").open(encoding="utf-8"))
-    said = ["\n".join(m["content"] for m in c[::2]) for c in answer["chat"]["completions"]]
+    said = ["\n".join(m["content"] for m in c) for c in answer["chat"]["completions"]]
     assert said == [answer["chosen"], answer["rejected"]]
 
 
@@ -177,3 +180,31 @@ def test_policies_are_compared_by_answers_as_messages(made, tmp_path) -> None:
             row["second"],
         ]
         assert f"u{row['chat']['prompt'][0]['content']}<eos>>" == row["prompt"]
+
+
+def test_compare_scores_each_answer_of_a_conversation(made, tmp_path, monkeypatch) -> None:
+    """By its length a conversation's text would win against one long answer, its answers lose."""
+
+    def samples(common, settings, lm, prompts, n) -> Samples:
+        said = ["a", "b", "a"] if lm == "first" else ["aaa"]
+        episodes = []
+        for row in prompts:
+            roles = ["assistant", "user", "assistant"]
+            turns = [{"role": r, "content": x} for r, x in zip(roles, said, strict=False)]
+            messages, n_turns = [*row["prompt"], *turns], len(said[::2])
+            episode = {"prompt": "t", "completion": "t", "messages": messages, "n_turns": n_turns}
+            episodes.append(episode)
+        return Samples(episodes, {})
+
+    class Length:
+        def score(self, prompts, completions) -> np.ndarray:
+            return np.array([float(len(text)) for text in completions])
+
+    monkeypatch.setattr(people, "samples_of", samples)
+    monkeypatch.setattr(reward_models, "load_reward_model", lambda *_: Length())
+    (tmp_path / "judge").mkdir()
+    line = f"compare first second --run {tmp_path} --prompts {made}/prompts.jsonl --device cpu"
+    assert train.main(line.split()) == 0
+    found = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert found["win_rate"]["judge"][0] == 0 and found["equal"] == 0
+    assert {(row["first"], row["second"]) for row in found["samples"]} == {("a\nb\na", "aaa")}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reward_models.conversations import parts
+from reward_models.conversations import as_texts, parts
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def as_chat(value: Any, n_completions: int) -> Chat | None:
 def chats_of(
     episodes: Iterable[Mapping[str, Any]], prompts: Iterable[str | Sequence[Mapping[str, Any]]]
 ) -> dict[tuple[str, str], Chat]:
-    """The chats that finished episodes are of, each with one completion, by prompt and completion.
+    """The chats that finished episodes are of, each with one completion, by their `as_texts`.
 
     Args:
         episodes: `prompt` and `completion`, and, of several turns, `messages` and `n_turns` (the
@@ -98,7 +98,7 @@ def chats_of(
             before, said = prompt, [{"role": "assistant", "content": said}]
         if all(isinstance(message["content"], str) for message in (*before, *said)):
             chat = Chat(_messages(before), (_messages(said),))
-            found.setdefault((episode["prompt"], episode["completion"]), chat)
+            found.setdefault(as_texts(episode), chat)
     return found
 
 

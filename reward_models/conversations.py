@@ -89,10 +89,16 @@ def answers_of(episodes: Sequence[Mapping[str, Any]], columns: Sequence[str] = (
     return _apart(map(parts, episodes), given)
 
 
-def readable(episode: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an episode whose `prompt` and `completion` can be read, without a template's marks."""
+def readable(episode: Mapping[str, Any], given: str | Messages = "") -> dict[str, Any]:
+    """Return an episode whose `prompt` and `completion` can be read, without a template's marks.
+
+    Args:
+        episode: A finished one.
+        given: Its prompt as the source has it, which of a chat is its messages.
+    """
     if not _has_turns(episode):
-        return dict(episode)
+        asked = episode["prompt"] if isinstance(given, str) else _said(given).removesuffix("\n")
+        return {**episode, "prompt": asked}
     before, messages = parts(episode)
     said = [f"**{m['role']}:** {m['content']}" for m in messages[1:]]
     completion = "\n".join([messages[0]["content"], *said])

@@ -36,6 +36,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         reference = settings.reference or str(left_by("sft", folder / "sft"))
         policy = settings.policy or str(left_by("ppo", folder / "policy"))
         prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
+        prompts = prompts[: settings.n_prompts]
         models = (settings.reward_model, settings.reference)
         rewarder = reward_function(common, settings.reward, *models)
         facts["reward"], facts["reference"] = settings.reward, name_of(reference)
@@ -52,7 +53,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
             scorers["lexicon"] = LexiconSentiment(sentiment_lexicon())
         asked = set().union(*map(asked_for, scorers.values()))
         paid = EachAnswer(rewarder, also=asked)
-        groups = write_all(common, settings, reference, policy, paid, prompts[: settings.n_prompts])
+        groups = write_all(common, settings, reference, policy, paid, prompts)
         give_back_memory()
         tokenizer, lm = load_tokenizer(reference), load_named(reference).to(device_of(common))
         has_turns = "turns" in prompts[0] or settings.user_fn is not None
@@ -65,7 +66,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
             key: mean_interval(scores[POLICY][key] - scores[facts["reference"]][key])
             for key in scores[POLICY]
         }
-        write_report(folder, made, facts, groups, scores, settings)
+        write_report(folder, made, facts, groups, scores, prompts, settings.n_samples)
     if policy == str(folder / "policy"):
         complete_card(folder, facts)
     say(summary(facts))

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.settings import Evaluate
 from stages.rewards import shown_terms
 from stages.run_folder import read_lines
 from stages.writing import Episodes
@@ -76,9 +75,10 @@ def write_report(
     facts: dict[str, Any],
     groups: dict[str, Episodes],
     scores: dict[str, dict[str, "np.ndarray"]],
-    settings: Evaluate,
+    prompts: list[dict[str, Any]],
+    n_samples: int,
 ) -> None:
-    """Write evaluation.json, curves.png and report.md."""
+    """Write evaluation.json, curves.png and report.md, which shows some prompts' completions."""
     from agents.curves import training_curves
     from agents.findings import as_markdown
     from reward_models.atomic import atomic_file
@@ -105,7 +105,10 @@ def write_report(
         findings = [json.loads(line) for line in read_lines(folder / "doctor.jsonl")]
         doctor_section = ["## What the doctor found", as_markdown(findings, rows)]
     reference = reference_in(facts)
-    shown = {name: [readable(e) for e in groups[name]] for name in (reference, POLICY)}
+    shown = {
+        name: [readable(e, row["prompt"]) for e, row in zip(groups[name], prompts, strict=True)]
+        for name in (reference, POLICY)
+    }
     key = "judge" if "judge" in scores[POLICY] else "score"
     parts = [
         "# What the run did",
@@ -117,7 +120,7 @@ def write_report(
         *doctor_section,
         people_section(folder),
         "## Samples",
-        samples_table(shown, {name: scores[name][key] for name in shown}, key, settings.n_samples),
+        samples_table(shown, {name: scores[name][key] for name in shown}, key, n_samples),
         "## Stages",
         stages_table(folder),
     ]

@@ -59,7 +59,10 @@ def test_episodes_of_one_turn_and_of_several() -> None:
     shown = readable(info)
     assert (shown["prompt"], shown["completion"]) == ("a", "bb\n**user:** c\n**assistant:** dddd")
     plain = {"prompt": "p", "completion": "c"}
-    assert readable(plain) == plain
+    assert readable(plain) == plain == readable(plain, "p")
+    assert readable({"prompt": "<|user|>a", "completion": "c"}, said("be kind", "a")) == {
+        "prompt": "a", "completion": "c"
+    }  # fmt: skip
 
 
 def test_a_conversation_is_learned_from_as_its_last_answer_is_scored() -> None:

@@ -103,7 +103,15 @@ def test_a_training_goes_on_with_the_user_that_it_began_with(made, run, capsys) 
     assert train.main(line) == 1
     said = "user function: 'users_of_a_test:echo' there, 'users_of_a_test:fails' here"
     assert said in capsys.readouterr().err
-    settings.write_text(began)
+    for place in ("checkpoints", "ppo.unfinished/checkpoints"):
+        (run / place / "settings.json").write_text(began)
+    before = len((run / "samples.jsonl").read_text(encoding="utf-8").splitlines())
+    assert train.main(line) == 0
+    samples = [json.loads(row) for row in (run / "samples.jsonl").open(encoding="utf-8")]
+    assert len(samples) > before
+    for sample in samples[before:]:
+        said = [m["content"] for m in sample["messages"] if m["role"] == "user"]
+        assert len(set(said)) == 1
 
 
 @pytest.mark.parametrize(

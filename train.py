@@ -213,11 +213,12 @@ def held(common: Common, name: str) -> Iterator[None]:
 
 
 def run_folder(common: Common, name: str) -> Path:
-    """Return the run folder, made new for `run` and needed by hand for a single stage."""
+    """Return the run folder, made if it is not there; a single stage has to be told which."""
     if common.run is None and name != "run":
         raise ValueError(f"expected --run FOLDER, the run that {name} belongs to, got none")
     folder = common.run or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    folder.mkdir(parents=True, exist_ok=True)
+    if name != "annotate":  # which makes it when there is something to ask about
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -30,8 +30,8 @@ PARTS = {
     "warm_start": Part(160, topics=0.5, words=0.5),
     "train": Part(240),
     "test": Part(80, words=1.0),
-    "feedback": Part(200),
-    "judge": Part(120, words=1.0),
+    "feedback": Part(240),
+    "judge": Part(200, words=1.0),
 }
 """The files of a data set; `feedback` and `judge` are comparisons, on texts of their own."""
 
@@ -86,7 +86,7 @@ WORDS = {
         "January, March, May, July, September, November, February, April, June, August, October, "
         "December"
     ),
-    "number": "three, five, seven, nine, twelve, four, six, eight, ten, eleven, twenty, thirty",
+    "number": "three, five, seven, nine, twelve, four, six, eight, ten, eleven, two",
 }
 """What is drawn; `{town}`, `{town2}` and `{town3}` are three different ones. So are years."""
 
@@ -872,7 +872,7 @@ def sentence(template: str, words: dict[str, str]) -> str:
 
 
 def report(r: random.Random, part: Part) -> tuple[str, list[str], list[str]]:
-    """Return a prompt with a report, its summary, and what might be said of it, best first."""
+    """Return a prompt with a report, its summary, and sentences that do not sum it up."""
     topic = r.choice(REPORTS[: round(part.topics * len(REPORTS))])
     words = draw(r, part.words)
     ending, (_, other) = r.sample(topic.endings, 2)
@@ -881,24 +881,21 @@ def report(r: random.Random, part: Part) -> tuple[str, list[str], list[str]]:
     rest = [r.choice(ending[0]), *beside]
     r.shuffle(rest)
     text = " ".join(sentence(line, words) for line in [news, *rest])
-    right, first, aside, wrong = (
+    right, copied, aside, untrue = (
         sentence(line, words) for line in (ending[1], news, beside[0], other)
     )
-    return f"{text}\nIn one sentence:\n", [right], [right, f"{right} {aside}", first, aside, wrong]
+    return f"{text}\nIn one sentence:\n", [right], [f"{right} {aside}", copied, aside, untrue]
 
 
 def question(r: random.Random, part: Part) -> tuple[str, list[str], list[str]]:
-    """Return a prompt with a question, right answers, and what might be said, best first."""
+    """Return a prompt with a question, right answers, and worse ones."""
     topic = r.choice(PASSAGES[: round(part.topics * len(PASSAGES))])
     words = draw(r, part.words)
     text = " ".join(sentence(r.choice(ways), words) for ways in topic.sentences)
     asked, right, wrong = r.choice(topic.questions)
     answers, worse = ([answer.format_map(words) for answer in side] for side in (right, wrong))
-    chatty = [
-        f"I think that it is {answer}, but I am not sure." for answer in (answers[0], worse[0])
-    ]
-    said = [answers[0], chatty[0], r.choice(worse), chatty[1]]
-    return f"{text}\n{sentence(r.choice(asked), words)}\n", answers, said
+    chatty = f"I think that it is {r.choice([answers[0], *worse])}, but I am not sure."
+    return f"{text}\n{sentence(r.choice(asked), words)}\n", answers, [*worse, chatty]
 
 
 def write(folder: Path, make: Callable[..., tuple[str, list[str], list[str]]], seed: int) -> None:
@@ -908,13 +905,12 @@ def write(folder: Path, make: Callable[..., tuple[str, list[str], list[str]]], s
     for name, part in PARTS.items():
         rows: list[dict[str, Any]] = []
         while len(rows) < part.size:
-            prompt, right, said = make(r, part)
+            prompt, right, worse = make(r, part)
             if prompt in seen:
                 continue
             seen.add(prompt)
             if name in ("feedback", "judge"):
-                better, worse = sorted(r.sample(range(len(said)), 2))
-                rows.append({"prompt": prompt, "chosen": said[better], "rejected": said[worse]})
+                rows.append({"prompt": prompt, "chosen": right[0], "rejected": r.choice(worse)})
             else:
                 rows.append({"prompt": prompt, "reference": right})
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

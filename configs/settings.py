@@ -12,6 +12,23 @@ from typing import Any, Literal
 Terms = dict[str, Any] | str | None
 """What settings say of a reward: terms by name, one name, or nothing, which is `learned`."""
 
+FindingName = Literal[
+    "first_ratio",
+    "negative_kl",
+    "kl_runaway",
+    "clip_fraction_high",
+    "clip_fraction_zero",
+    "entropy_collapse",
+    "repetition",
+    "duplicates",
+    "eos_gone",
+    "length_drift",
+    "explained_variance",
+    "judge_falls",
+    "constant_score",
+]
+"""What the doctor knows, `agents.findings.CHECKS`: a misspelt one is refused before the start."""
+
 
 @dataclass
 class Common:
@@ -178,7 +195,7 @@ class PPO:
     parameter changes, or leave the episode or minibatch out and count it."""
     save_every: int | None = None
     """Rollouts between saves of the policy; it is always saved at the end."""
-    stop_on: list[str] = field(default_factory=list)
+    stop_on: list[FindingName] = field(default_factory=list)
     """Findings of the doctor (docs/doctor.md) that stop the run, such as [kl_runaway]."""
     resume: Path | None = None
     """Go on with the PPO of this run folder, from its newest whole checkpoint and with the settings
@@ -221,7 +238,8 @@ class Evaluate(Writing):
     policy: str | None = None
     """The trained policy. None: the run's policy/."""
     reference: str | None = None
-    """What it is compared with, and the KL is measured to. None: the run's sft/."""
+    """What it is compared with, and the KL is measured to; the report calls it so. None: the run's
+    sft/, the warm start."""
     reward_model: str | None = None
     """None: the run's reward_model/."""
     reward: Terms = None

@@ -27,8 +27,8 @@ MEASURES = {
     "score": "score (the reward)",
     "judge": "judge",
     "lexicon": "lexicon sentiment",
-    "perplexity": "perplexity under the warm start (geometric mean of texts)",
-    "ref_kl": "KL to the warm start (nats per completion)",
+    "perplexity": "perplexity under the {reference} (geometric mean of texts)",
+    "ref_kl": "KL to the {reference} (nats per completion)",
     "tokens": "length (tokens)",
     "ended": "ended by itself (share)",
     "distinct-1": "distinct-1",
@@ -63,14 +63,20 @@ def measures(episodes: Episodes, scores: Mapping[str, np.ndarray]) -> Measured:
     return found
 
 
-def measures_table(found: Mapping[str, Measured]) -> str:
-    """Format the measures of all writers side by side, as Markdown."""
+def measures_table(found: Mapping[str, Measured], reference: str = "warm start") -> str:
+    """Format the measures of all writers side by side, as Markdown.
+
+    Args:
+        found: by writer.
+        reference: what the model is called that KL and perplexity are measured to.
+    """
     first, *others = found.values()
     keys = [key for key in first if all(key in measured for measured in others)]
     lines = ["| | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
     for key in keys:
         cells = [with_interval(measured[key]) for measured in found.values()]
-        lines.append(f"| {MEASURES.get(key, key)} | " + " | ".join(cells) + " |")
+        name = MEASURES[key].format(reference=reference) if key in MEASURES else key
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ def groups_table(groups: Mapping[str, Mapping[str, Any]], name: str) -> str:
     for group, report in groups.items():
         accuracy, r = report["accuracy"], report["pearson"]
         cells = [
-            " ".join(group.replace("|", "\\|").split()),
+            cell(group),
             str(report["choices"]),
             "" if accuracy is None else "{:.2f} [{:.2f}, {:.2f}]".format(*accuracy),
             str(report["ratings"]),
@@ -29,3 +29,8 @@ def groups_table(groups: Mapping[str, Mapping[str, Any]], name: str) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def cell(text: str) -> str:
+    """Return a text as a cell holds it."""
+    return " ".join(text.replace("|", "\\|").split())

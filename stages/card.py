@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from configs.settings import PPO, Common
 from stages.data import source_of
 from stages.models import base_of
-from stages.report import found_by, notes, summary
+from stages.report import found_by, notes, reference_in, summary
 from stages.rewards import by_name, shown_terms
 from stages.run_folder import folder_of, write_text
 
@@ -97,7 +97,7 @@ def complete_card(folder: Path, facts: dict[str, Any]) -> None:
     parts = [
         f"{summary(facts)}.",
         "On test prompts, 95 % intervals in brackets. " + notes(facts, facts["measures"]),
-        measures_table(facts["measures"]),
+        measures_table(facts["measures"], reference_in(facts)),
     ]
     if (folder / "curves.png").exists():
         shutil.copyfile(folder / "curves.png", folder / "policy" / "curves.png")

@@ -1,4 +1,4 @@
-"""Policy and warm start are compared on test prompts."""
+"""Policy and warm start, or another reference, are compared on test prompts."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -7,7 +7,7 @@ from configs.settings import Common, Evaluate
 from stages.card import complete_card
 from stages.data import data, source_of
 from stages.process import device_of, dtype_of, give_back_memory, progress, say
-from stages.report import GREEDY, POLICY, WARM_START, summary, write_report
+from stages.report import POLICY, name_of, summary, write_report
 from stages.rewards import reward_function
 from stages.run_folder import folder_of, left_by, stage
 from stages.writing import Episodes, as_in_ppo, writer, writing_env
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(common: Common, settings: Evaluate) -> None:
-    """Compare policy and warm start on test prompts; leaves report.md and its pictures."""
+    """Compare policy and warm start, or reference, on test prompts; leaves report.md and more."""
     from agents.language_model import load_named
     from agents.likelihood import LogLikelihood
     from reward_models import EachAnswer, LearnedRewardModel, LexiconSentiment
@@ -38,7 +38,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
         models = (settings.reward_model, settings.reference)
         rewarder = reward_function(common, settings.reward, *models)
-        facts["reward"] = settings.reward
+        facts["reward"], facts["reference"] = settings.reward, name_of(reference)
         scorers: dict[str, Callable[..., Any]] = {"score": rewarder}
         for name in settings.metrics:
             scorers[name] = reward_function(common, name, *models)
@@ -62,7 +62,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         scores = {name: scores_of(group, columns, scorers) for name, group in groups.items()}
         facts["measures"] = {name: measures(groups[name], scores[name]) for name in groups}
         facts["gain"] = {
-            key: mean_interval(scores[POLICY][key] - scores[WARM_START][key])
+            key: mean_interval(scores[POLICY][key] - scores[facts["reference"]][key])
             for key in scores[POLICY]
         }
         write_report(folder, made, facts, groups, scores, settings)
@@ -105,7 +105,7 @@ def write_all(
     rewarder: Callable[..., Any],
     prompts: list[dict[str, Any]],
 ) -> dict[str, Episodes]:
-    """Let policy, warm start and baselines each continue every prompt once.
+    """Let policy, reference and baselines each continue every prompt once.
 
     Returns:
         By writer, an episode per prompt: the environment's final info and `ref_kl`.
@@ -125,14 +125,14 @@ def write_all(
         env.seed(common.seed)  # begins the prompts' order anew
         return write_episodes(model, env, reference, deterministic=greedy)
 
-    warm_start = writer(common, settings, env, reference)
-    frozen = Reference(warm_start.lm, warm_start)
+    name, model = name_of(reference), writer(common, settings, env, reference)
+    frozen = Reference(model.lm, model)
     bar = progress(2 + settings.best_of, "writing")
-    samples = [write(warm_start, None) for _ in range(settings.best_of)]
+    samples = [write(model, None) for _ in range(settings.best_of)]
     groups = {
-        WARM_START: [{**e, "ref_kl": 0.0} for e in samples[0]],
+        name: [{**e, "ref_kl": 0.0} for e in samples[0]],
         POLICY: write(writer(common, settings, env, policy), frozen),
-        GREEDY: write(warm_start, frozen, greedy=True),
+        f"{name}, greedy": write(model, frozen, greedy=True),
     }
     if settings.best_of > 1:
         best = [max(row, key=lambda e: e["score"]) for row in zip(*samples, strict=True)]

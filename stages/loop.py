@@ -13,7 +13,7 @@ from stages.evaluate import evaluate
 from stages.people import some_prompts, with_uncertainty
 from stages.ppo import ppo
 from stages.process import device_of, progress, say, set_up
-from stages.report import POLICY, WARM_START
+from stages.report import POLICY, reference_in
 from stages.resume import as_begun
 from stages.reward import reward
 from stages.run_folder import folder_of, is_done, read_lines, write_text
@@ -180,7 +180,7 @@ def write_loop_report(folder: Path, rounds: int) -> None:
             {
                 "answers": len(read_lines(here / "feedback.jsonl")),
                 "accuracy": report["accuracy"],
-                "before": measured[WARM_START],
+                "before": measured[reference_in(found["evaluate"])],
                 "after": measured[POLICY],
             }
         )

@@ -30,13 +30,18 @@ def annotate(common: Common, settings: Annotate) -> None:
     if settings.against is not None and kind != "comparison":
         raise ValueError(f"expected kind comparison with against, got {kind}")
     file = store_file(common, settings.store)
+    tasks = None if file.exists() else tasks_to_ask(common, settings, kind)
+    if tasks == []:  # nor is a store made where there is no run
+        raise ValueError("expected tasks, or samples that differ, to ask about, got none")
     with (
         FeedbackStore(file, common.seed, settings.gold_rate) as store,
         Accounts(file) as accounts,
     ):
         given = (settings.tasks, settings.policy, settings.against, settings.prompts)
-        if any(value is not None for value in given) or store.count_tasks(settings.kind) == 0:
+        is_asked = any(value is not None for value in given)
+        if tasks is None and (is_asked or store.count_tasks(settings.kind) == 0):
             tasks = tasks_to_ask(common, settings, kind)
+        if tasks is not None:
             overlap = (settings.overlap_share, settings.overlap_annotators)
             say(f"{store.add(tasks, *overlap)} new tasks")
         if settings.ensemble is not None:
@@ -180,20 +185,74 @@ def export_answers(common: Common, settings: Export) -> None:
 
 
 def forget(common: Common, settings: Forget) -> None:
-    """Erase one person's answers, name and password, in the files of a loop's rounds too."""
-    from reward_models.feedback import Accounts, FeedbackStore, read_feedback, write_feedback
+    """Erase one person's answers, name and password, and what the run's files say of them."""
+    from reward_models.feedback import Accounts, FeedbackStore
 
-    file = store_file(common, settings.store, there=True)
+    file, folder = store_file(common, settings.store, there=True), folder_of(common)
     with FeedbackStore(file) as store, Accounts(file) as accounts:
         account = accounts.find(settings.name)
         pseudonym = settings.name if account is None else account.pseudonym
+        # The store knows whose pseudonym it is: it comes last, so that this can be done again.
+        written = forget_in_files(folder, pseudonym)
         gone = "" if account is None else f", and the account {account.name}"
-        say(f"{store.forget(settings.name)} answers erased{gone}")
-    for written in sorted(folder_of(common).glob("round-*/feedback.jsonl")):
-        records = read_feedback(written)
+        n_answers = store.forget(settings.name)
+    say(f"{n_answers} answers erased{gone}")
+    for line in written:
+        say(line)
+    if n_answers:
+        say(
+            "Not touched: files that were exported, and models that have learned from the answers "
+            "(`python train.py reward` fits one without them)"
+        )
+
+
+def forget_in_files(folder: Path, pseudonym: str) -> list[str]:
+    """Erase a person in what a run, or a loop's rounds, have written; return what was where."""
+    from reward_models.feedback import read_feedback, write_feedback
+    from reward_models.tables import cell
+
+    said = []
+    for file in sorted(folder.glob("round-*/feedback.jsonl")):
+        records = read_feedback(file)
         kept = [record for record in records if record.annotator != pseudonym]
         if len(kept) < len(records):
-            say(f"{len(records) - len(kept)} of them were in {write_feedback(written, kept)} too")
+            said.append(
+                f"{len(records) - len(kept)} of them were in {write_feedback(file, kept)} too"
+            )
+    for run in (folder, *sorted(folder.glob("round-*"))):
+        facts, report = run / "stages" / "reward.json", run / "report.md"
+        if facts.exists() and drop_annotator(
+            found := json.loads(facts.read_text(encoding="utf-8")), pseudonym
+        ):
+            write_text(facts, json.dumps(found, indent=1, ensure_ascii=False))
+            said.append(f"figures of {pseudonym} erased in {facts}")
+        lines = report.read_text(encoding="utf-8").split("\n") if report.exists() else []
+        left = without_row(lines, "| annotator |", f"| {cell(pseudonym)} |")
+        if left != lines:
+            write_text(report, "\n".join(left))
+            said.append(f"figures of {pseudonym} erased in {report}")
+    return said
+
+
+def drop_annotator(facts: Any, pseudonym: str) -> bool:
+    """Take a person out of what is said by annotator, at any depth; return whether it was there."""
+    if isinstance(facts, list):
+        return any([drop_annotator(part, pseudonym) for part in facts])
+    if not isinstance(facts, dict):
+        return False
+    by_annotator = facts.get("annotators")
+    there = isinstance(by_annotator, dict) and by_annotator.pop(pseudonym, None) is not None
+    return any([there, *(drop_annotator(part, pseudonym) for part in facts.values())])
+
+
+def without_row(lines: list[str], head: str, row: str) -> list[str]:
+    """Return lines without the rows that begin so in tables whose first line begins with `head`."""
+    kept, within = [], False
+    for line in lines:
+        within = line.startswith("|") and (within or line.startswith(head))
+        if not (within and line.startswith(row)):
+            kept.append(line)
+    return kept
 
 
 def worth(common: Common, settings: Worth) -> None:

@@ -35,12 +35,24 @@ def agreement(report: dict[str, Any]) -> str:
 PEOPLE = "one half of the people with the other: r = {split_half:.2f}; a lexicon: r = {lexicon:.2f}"
 
 
-WARM_START, POLICY, GREEDY = "warm start", "policy", "warm start, greedy"
+POLICY = "policy"
+
+
+def name_of(reference: str) -> str:
+    """Return what a report calls the model that a policy is compared with."""
+    folder = Path(reference)
+    return "warm start" if folder.name == "sft" and folder.is_dir() else "reference"
+
+
+def reference_in(facts: dict[str, Any]) -> str:
+    """Return what an evaluation has called the model that its policy is compared with."""
+    return facts.get("reference", "warm start")  # once it was called so whatever it was
 
 
 def summary(facts: dict[str, Any]) -> str:
     """Say what improved, and by how much."""
-    before, after = facts["measures"][WARM_START], facts["measures"][POLICY]
+    reference = reference_in(facts)
+    before, after = facts["measures"][reference], facts["measures"][POLICY]
     key = "judge" if "judge" in after else "score"
     gain, low, high = facts["gain"][key]
     kept = after["distinct-2"][0] / max(before["distinct-2"][0], 1e-9)
@@ -50,7 +62,7 @@ def summary(facts: dict[str, Any]) -> str:
         f"{key}{unit}: {before[key][0]:+.2f} -> {after[key][0]:+.2f}, "
         f"a gain of {gain:+.2f} [{low:+.2f}, {high:+.2f}] "
         f"at {after['ref_kl'][0]:.1f} nats per completion; "
-        f"distinct-2 at {kept:.2f} of the warm start's"
+        f"distinct-2 at {kept:.2f} of the {reference}'s"
     )
 
 
@@ -92,14 +104,15 @@ def write_report(
     if (folder / "doctor.jsonl").exists():
         findings = [json.loads(line) for line in read_lines(folder / "doctor.jsonl")]
         doctor_section = ["## What the doctor found", as_markdown(findings, rows)]
-    shown = {name: [readable(e) for e in groups[name]] for name in (WARM_START, POLICY)}
+    reference = reference_in(facts)
+    shown = {name: [readable(e) for e in groups[name]] for name in (reference, POLICY)}
     key = "judge" if "judge" in scores[POLICY] else "score"
     parts = [
         "# What the run did",
         summary(facts) + ".",
         f"{len(groups[POLICY])} test prompts, each continued once by every writer; 95 % intervals "
         "in brackets. " + notes(facts, groups),
-        measures_table(facts["measures"]),
+        measures_table(facts["measures"], reference),
         "![curves](curves.png)" if rows else "",
         *doctor_section,
         people_section(folder),
@@ -140,7 +153,8 @@ def notes(facts: dict[str, Any], groups: Iterable[str]) -> str:
         scale = facts["judge_scale"]
         unit = f"on the human scale, {scale[0]:g} to {scale[1]:g}" if scale else "in logits"
         parts.append(f"The judge, {unit}, was never a reward.")
-    parts.append("A greedy choice's KL is -log of the warm start's probability of the text.")
+    reference = reference_in(facts)
+    parts.append(f"A greedy choice's KL is -log of the {reference}'s probability of the text.")
     if any(name.startswith("best of") for name in groups):
         parts.append("The KL of best-of-n is the bound log n - (n - 1)/n.")
     return " ".join(parts)

@@ -68,7 +68,7 @@ def test_a_copied_sentence_is_not_a_summary() -> None:
     for row in rows_of("summaries", "test"):
         report = row["prompt"].partition("\nIn one sentence:")[0]
         sentences = re.findall(r".+?[.?](?= |$)", report)
-        assert 3 <= len(sentences) <= 6
+        assert 3 <= len(sentences) <= 7
         texts = [*sentences, row["reference"][0]]
         *copied, own = rouge(
             prompts=[row["prompt"]] * len(texts),

@@ -35,6 +35,7 @@ def test_scores_of_any_name_are_in_the_table_in_their_order():
         "score (the reward)", "rougeL", "KL to the warm start (nats per completion)"
     ]  # fmt: skip
     assert found["distinct-1"][0] == 3 / 5
+    assert "| KL to the first one (nats" in measures_table({"one": found}, "first one")
 
 
 def test_the_tables_hold_a_writer_per_column_and_a_bar_does_not_end_a_cell():

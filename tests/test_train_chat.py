@@ -7,6 +7,7 @@ import pytest
 from conftest import letter_tokenizer, tiny_llama
 
 import train
+from text_env.prompts import load_prompts
 
 ROOT = Path(train.__file__).parent
 TEMPLATE = (
@@ -61,18 +62,16 @@ def test_conversations_from_the_warm_start_to_the_report(run) -> None:
     assert "**user:** a **assistant:**" in report and "<eos>" not in report
 
 
-def test_the_presets_chats_are_whole_and_each_part_has_its_own() -> None:
-    openings = {}
+def test_the_presets_chats_are_whole_and_no_opening_is_in_two_parts() -> None:
+    openings: list[str] = []
     for part, size in (("train", 36), ("prompts", 60), ("test", 40)):
-        lines = (ROOT / f"configs/chat/{part}.jsonl").read_text(encoding="utf-8").splitlines()
-        chats = [json.loads(line) for line in lines]
-        if part == "train":
-            roles = [[m["role"] for m in chat["messages"]] for chat in chats]
-            assert roles == [["user", "assistant"] * 2] * size
-            openings[part] = {chat["messages"][0]["content"] for chat in chats}
-        else:
-            assert {len(chat["turns"]) for chat in chats} == {1}
-            assert [[m["role"] for m in chat["prompt"]] for chat in chats] == [["user"]] * size
-            openings[part] = {chat["prompt"][0]["content"] for chat in chats}
-        assert len(openings[part]) == size
-    assert len(set().union(*openings.values())) == 36 + 60 + 40
+        rows = load_prompts(ROOT / f"configs/chat/{part}.jsonl")
+        assert len(rows) == size
+        for row in rows:
+            (asked,), turns = row["prompt"], row["turns"]
+            assert asked["role"] == "user" and len(turns) == 1
+            openings.append(asked["content"])
+    assert len(set(openings)) == 36 + 60 + 40
+    for line in (ROOT / "configs/chat/train.jsonl").read_text(encoding="utf-8").splitlines():
+        said = json.loads(line)["messages"]
+        assert [m["role"] for m in said] == ["user", "assistant"] * 2

@@ -14,6 +14,7 @@ from tokenizers import processors
 import train
 from reward_models import LearnedRewardModel
 from stages.models import base_of
+from stages.report import found_by
 from stages.rewards import digest_of_reward, reward_function
 from stages.tune import told_to_trials
 from stages.writing import tokens_of
@@ -79,6 +80,10 @@ def test_a_term_without_a_number_leaves_its_episode_out(own, task) -> None:  # n
     do(f"{line} --trainable_layers null --on_nonfinite skip --reward", reward)
     rows = [json.loads(row) for row in (task / "run/metrics.jsonl").open()]
     assert 0 < rows[0]["rollout/episodes"] < 16
+    facts = json.loads((task / "run/stages/ppo.json").read_text())
+    assert facts["nonfinite_skipped"] >= rows[-1]["train/nonfinite_skipped"] > 0
+    left_out = f"{facts['nonfinite_skipped']} sequences and minibatches left out, not finite"
+    assert found_by(facts)[-1] == left_out
 
 
 def test_the_words_of_conversations_may_be_the_vocabulary(own, task) -> None:  # noqa: F811

@@ -88,6 +88,9 @@ def test_a_function_speaks_for_the_user_in_training_and_evaluation(made, run) ->
         assert len(set(said)) == 1 and 1 <= len(said) <= 3
     assert max(len(e["messages"]) for e in found["episodes"]["policy"]) == 6
     assert "perplexity" not in found["measures"]["policy"]
+    assert set(found["measures"]) == {"reference", "policy", "reference, greedy"}
+    report = (run / "report.md").read_text(encoding="utf-8")
+    assert "KL to the reference" in report and "warm start" not in report
     card = (run / "policy" / "README.md").read_text(encoding="utf-8")
     assert "`users_of_a_test:echo`, 3 answers at most" in card
 

@@ -126,14 +126,14 @@ def _messages(values: Any) -> tuple[Message, ...]:
 
 
 def _message(value: Any) -> Message:
-    keys = ("role", "content")
-    texts = [value.get(key) for key in keys] if isinstance(value, Mapping) else []
-    if not texts or not all(isinstance(text, str) for text in texts):
+    known = value if isinstance(value, Mapping) else {}
+    role, content = known.get("role"), known.get("content")
+    if not (isinstance(role, str) and isinstance(content, str)):
         raise ValueError(
             f"expected messages with the texts 'role' and 'content', got {value!r:.60}"
         )
     try:
-        "".join(texts).encode()
+        (role + content).encode()
     except UnicodeEncodeError as error:
         raise ValueError("expected messages to be text, got half a character") from error
-    return Message(*texts)
+    return Message(role, content)

@@ -30,7 +30,8 @@ def as_record(answer: Answer) -> Feedback:
     source: dict[str, Any] = {"annotator": annotator, "time": answer.time}
     source |= {"origin": joint_origin(task), "chat": task.chat}
     if task.kind == "comparison":
-        return Comparison(task.prompt, *task.completions, tie=answer.answer == "tie", **source)
+        chosen, rejected = task.completions
+        return Comparison(task.prompt, chosen, rejected, tie=answer.answer == "tie", **source)
     completion = task.completions[0]
     if task.kind == "rating":
         return Rating(task.prompt, completion, float(answer.answer), task.scale, **source)

@@ -145,6 +145,15 @@ def test_chats_are_found_behind_episodes() -> None:
     assert [task.chat for task in found] == [Chat(user, wanted), None, None]
 
 
+def test_completions_of_different_prompts_are_not_shown_behind_one() -> None:
+    task = Task("comparison", "Hi?\n", ("a", "b"))
+    one, other = Chat(BEFORE[:1], (ONE,)), Chat(BEFORE, (TWO,))
+    chats = {("Hi?\n", "a"): one, ("Hi?\n", "b"): other}
+    assert with_chats([task], chats) == [task]
+    chats["Hi?\n", "b"] = replace(other, prompt=one.prompt)
+    assert with_chats([task], chats) == [replace(task, chat=Chat(one.prompt, (ONE, TWO)))]
+
+
 def test_the_store_keeps_chats_and_exports_and_imports_them(tmp_path: Path) -> None:
     with FeedbackStore(tmp_path / "a.db") as store, FeedbackStore(tmp_path / "b.db") as other:
         store.add([ANSWERS.swapped(), TURNS, Task("label", "p", ("a",))], overlap_share=0)

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import letter_tokenizer, tiny_llama
+from test_train import own  # noqa: F401
 from test_train_chat import TEMPLATE, chat
+from test_train_people import loop_line
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reward_models
 import train
-from reward_models.feedback import FeedbackStore, Message
+from reward_models.feedback import FeedbackStore, Message, read_feedback
 from stages import people
 from stages.writing import Samples
 
@@ -103,7 +106,15 @@ def test_a_training_goes_on_with_the_user_that_it_began_with(made, run, capsys) 
     assert train.main(line) == 1
     said = "user function: 'users_of_a_test:echo' there, 'users_of_a_test:fails' here"
     assert said in capsys.readouterr().err
-    settings.write_text(began)
+    for place in ("checkpoints", "ppo.unfinished/checkpoints"):
+        (run / place / "settings.json").write_text(began)
+    before = len((run / "samples.jsonl").read_text(encoding="utf-8").splitlines())
+    assert train.main(line) == 0
+    samples = [json.loads(row) for row in (run / "samples.jsonl").open(encoding="utf-8")]
+    assert len(samples) > before
+    for sample in samples[before:]:
+        said = [m["content"] for m in sample["messages"] if m["role"] == "user"]
+        assert len(set(said)) == 1
 
 
 @pytest.mark.parametrize(
@@ -208,3 +219,29 @@ def test_compare_scores_each_answer_of_a_conversation(made, tmp_path, monkeypatc
     found = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
     assert found["win_rate"]["judge"][0] == 0 and found["equal"] == 0
     assert {(row["first"], row["second"]) for row in found["samples"]} == {("a\nb\na", "aaa")}
+
+
+@pytest.mark.slow
+def test_a_loop_asks_learns_and_is_paid_by_whole_conversations(own, tmp_path, monkeypatch) -> None:  # noqa: F811
+    (tmp_path / "users_of_a_loop.py").write_text(
+        "def user(conversations, **columns):\n    return ['a film' for _ in conversations]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(own / "lm")
+    tokenizer.chat_template = TEMPLATE
+    AutoModelForCausalLM.from_pretrained(own / "lm").save_pretrained("lm")
+    tokenizer.save_pretrained("lm")
+    rows = [{"prompt": [{"role": "user", "content": f"film {x}"}]} for x in "abcdefgh"]
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    line = loop_line(own, 1, "simulated").replace(f"{own}/prompts.txt", "prompts.jsonl")
+    line = line.replace(f"{own}/lm", "lm") + " --run loop --device cpu --dtype float32"
+    users = "--ppo.user_fn users_of_a_loop:user --ppo.max_turns 2 --ppo.max_user_tokens 24"
+    assert train.main([*line.split(), *users.split()]) == 0
+    records = read_feedback("loop/round-1/feedback.jsonl")
+    for record in records:
+        before, *said = record.chat.prompt[0].content, *record.chat.completions
+        assert record.prompt == f"{before}\n"
+        for text, messages in zip((record.chosen, record.rejected), said, strict=True):
+            assert text == "\n".join(m.content for m in messages)
+            assert [m.content for m in messages[1::2]] == ["a film"]
+    assert train.main(["loop", "--run", "loop", "--ppo.max_turns", "3"]) == 1

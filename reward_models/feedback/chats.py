@@ -107,6 +107,8 @@ def side_by_side(
 ) -> Chat | None:
     """The chat behind a prompt and several completions; None if it is not known of each.
 
+    Nor is there one where the system's message, which is in no text, is another for each.
+
     Args:
         chats: of one completion each, as `chats_of` gives them.
         prompt: the text.
@@ -114,7 +116,7 @@ def side_by_side(
     """
     found = [chats.get((prompt, completion)) for completion in completions]
     known = [chat for chat in found if chat is not None]
-    if len(known) < len(found):
+    if len(known) < len(found) or any(chat.prompt != known[0].prompt for chat in known):
         return None
     return Chat(known[0].prompt, tuple(chat.completions[0] for chat in known))
 

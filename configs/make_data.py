@@ -5,8 +5,7 @@
 First the words, then the topics of the reports (REPORTS) and of the texts that are asked about
 (PASSAGES), then what puts them together. Every name and number is drawn at random, and so is the
 way in which a thing is said. No prompt is in two parts. The warm start is shown the first half of
-the topics and of each list of words; the rest is met by PPO, and the last fifth of the words by no
-training at all.
+each list of words; PPO meets more of them, and the last fifth is in no training at all.
 """
 
 import json
@@ -19,15 +18,14 @@ HERE = Path(__file__).parent
 
 
 class Part(NamedTuple):
-    """How many rows a file has, and the shares of the topics and words that they are made of."""
+    """How many rows a file has, and the share of each list of words that they are made of."""
 
     size: int
-    topics: float = 1.0
     words: float = 0.8
 
 
 PARTS = {
-    "warm_start": Part(160, topics=0.5, words=0.5),
+    "warm_start": Part(160, words=0.5),
     "train": Part(240),
     "test": Part(80, words=1.0),
     "feedback": Part(240),
@@ -873,7 +871,7 @@ def sentence(template: str, words: dict[str, str]) -> str:
 
 def report(r: random.Random, part: Part) -> tuple[str, list[str], list[str]]:
     """Return a prompt with a report, its summary, and sentences that do not sum it up."""
-    topic = r.choice(REPORTS[: round(part.topics * len(REPORTS))])
+    topic = r.choice(REPORTS)
     words = draw(r, part.words)
     ending, (_, other) = r.sample(topic.endings, 2)
     news = r.choice(topic.news)
@@ -889,7 +887,7 @@ def report(r: random.Random, part: Part) -> tuple[str, list[str], list[str]]:
 
 def question(r: random.Random, part: Part) -> tuple[str, list[str], list[str]]:
     """Return a prompt with a question, right answers, and worse ones."""
-    topic = r.choice(PASSAGES[: round(part.topics * len(PASSAGES))])
+    topic = r.choice(PASSAGES)
     words = draw(r, part.words)
     text = " ".join(sentence(r.choice(ways), words) for ways in topic.sentences)
     asked, right, wrong = r.choice(topic.questions)
@@ -901,8 +899,9 @@ def question(r: random.Random, part: Part) -> tuple[str, list[str], list[str]]:
 def write(folder: Path, make: Callable[..., tuple[str, list[str], list[str]]], seed: int) -> None:
     """Write a data set's files; no prompt is in two of them, or twice in one."""
     folder.mkdir(exist_ok=True)
-    r, seen = random.Random(seed), set[str]()
+    seen = set[str]()
     for name, part in PARTS.items():
+        r = random.Random(f"{seed} {name}")
         rows: list[dict[str, Any]] = []
         while len(rows) < part.size:
             prompt, right, worse = make(r, part)

@@ -46,21 +46,15 @@ def test_the_small_data_sets_are_what_the_script_writes(tmp_path, task) -> None:
     assert sum(path.stat().st_size for path in (ROOT / "configs" / task).iterdir()) < 400_000
 
 
-@pytest.mark.parametrize(
-    ("task", "on_later_topics"),
-    [("qa", {"pounds", "trains", "train", "child"}), ("summaries", {"mayor", "bridge", "harvest"})],
-)
-def test_ppo_meets_words_and_topics_that_the_warm_start_has_not_shown(
-    task, on_later_topics
-) -> None:
+@pytest.mark.parametrize("task", ["qa", "summaries"])
+def test_ppo_and_the_test_meet_words_that_no_part_before_has_shown(task) -> None:
     words = {
         part: {word for row in rows_of(task, part) for word in re.findall(r"\w+", str(row))}
         for part in ("warm_start", "train", "test")
     }
     assert {"Amal", "Arden"} <= words["warm_start"]
-    assert {"Wanda", "Upwell"} | on_later_topics <= words["train"] - words["warm_start"]
+    assert {"Wanda", "Upwell"} <= words["train"] - words["warm_start"]
     assert {"Greta", "Girton"} <= words["test"] - words["train"] - words["warm_start"]
-    assert on_later_topics <= words["test"]
 
 
 def test_a_copied_sentence_is_not_a_summary() -> None:

@@ -190,10 +190,13 @@ def forget(common: Common, settings: Forget) -> None:
 
     file, folder = store_file(common, settings.store, there=True), folder_of(common)
     with FeedbackStore(file) as store, Accounts(file) as accounts:
-        account = accounts.find(settings.name)
-        pseudonym = settings.name if account is None else account.pseudonym
+        by_pseudonym = {account.pseudonym: account for account in accounts.all()}
+        account = accounts.find(settings.name) or by_pseudonym.get(settings.name)
+        names = {settings.name}  # what was imported may have answers under the name
+        if account is not None:
+            names |= {account.name, account.pseudonym}
         # The store knows whose pseudonym it is: it comes last, so that this can be done again.
-        written = forget_in_files(folder, pseudonym)
+        written = [line for name in sorted(names) for line in forget_in_files(folder, name)]
         gone = "" if account is None else f", and the account {account.name}"
         n_answers = store.forget(settings.name)
     say(f"{n_answers} answers erased{gone}")

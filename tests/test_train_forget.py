@@ -65,3 +65,18 @@ def test_what_was_cut_short_can_be_done_again(run, monkeypatch) -> None:
         assert forget(folder) == 1
     assert forget(folder) == 0
     assert name not in (folder / "stages/reward.json").read_text()
+
+
+@pytest.mark.parametrize("by_pseudonym", [False, True])
+def test_answers_under_the_name_are_erased_too(run, capsys, by_pseudonym) -> None:
+    """They were imported; the store erases them, and so they have to go from the files."""
+    folder, name = run
+    records = [Comparison("q", "a", "b", annotator=x) for x in ("ann", "bo")]
+    with FeedbackStore(folder / "feedback.sqlite") as store:
+        store.import_records(records)
+    file = folder / "round-1/feedback.jsonl"
+    write_feedback(file, [*read_feedback(file), *records])
+    asked = name if by_pseudonym else "Ann"
+    assert train.main(["feedback", "forget", asked, "--run", str(folder)]) == 0
+    assert "2 answers erased, and the account ann" in capsys.readouterr().out
+    assert [record.annotator for record in read_feedback(file)] == ["bo", "ci", "bo"]

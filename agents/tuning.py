@@ -310,6 +310,7 @@ def search(
                 else:
                     assert watched.measured is not None
                     study.tell(trial, watched.objective(watched.measured))
+                del watched  # its model would be there beside the next trial's
         with alone(folder):
             report(study.trials[trial.number])
 

@@ -1,9 +1,11 @@
 """The search for settings: its space, its objective, and that nothing is lost or done twice."""
 
+import gc
 import multiprocessing
 import os
 import signal
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,6 +99,20 @@ def test_a_search_that_goes_on_is_the_one_that_never_stopped(tmp_path, space) ->
     assert best.params["epochs"] == 4 and best.value > 3.5  # a random one: 2.3 on average
     assert tuning_report.importances(whole).keys() == set(space)
     assert sum(tuning_report.importances(whole).values()) == pytest.approx(1)
+
+
+def test_a_trial_is_gone_when_the_next_one_begins(tmp_path, space) -> None:
+    before: list[weakref.ref] = []
+
+    def run_trial(trial: optuna.Trial, place) -> SimpleNamespace:
+        gc.collect()
+        assert not any(watched() for watched in before)
+        watched = pretend(trial, place)
+        before.append(weakref.ref(watched))
+        return watched
+
+    search(tmp_path, space, 3, run_trial)
+    assert len(before) == 3
 
 
 def test_other_settings_are_refused(tmp_path, space) -> None:

@@ -106,9 +106,10 @@ def test_a_trial_is_gone_when_the_next_one_begins(tmp_path, space) -> None:
 
     def run_trial(trial: optuna.Trial, place) -> SimpleNamespace:
         gc.collect()
-        assert not any(watched() for watched in before)
+        assert not any(model() for model in before)
         watched = pretend(trial, place)
-        before.append(weakref.ref(watched))
+        watched.model = th.nn.Linear(1, 1)
+        before.append(weakref.ref(watched.model))
         return watched
 
     search(tmp_path, space, 3, run_trial)

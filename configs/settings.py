@@ -220,7 +220,8 @@ class Writing:
     temperature: float | None = None
     """Divides the logits."""
     user_fn: str | None = None
-    """Who speaks for the user in chats of several turns: a function, as module:name."""
+    """Who speaks for the user in chats of several turns: a function, as module:name. Prompts with
+    `turns` need none."""
     max_turns: int | None = None
     """Answers in a conversation, at most."""
     max_user_tokens: int | None = None

@@ -17,6 +17,8 @@ def chat(common: Common, settings: Chat) -> None:
     from agents.chat import converse
     from reward_models.feedback.terminal import visible
 
+    if settings.user_fn is not None:
+        raise ValueError(f"expected no user_fn, as you are the user, got {settings.user_fn}")
     set_up(common)
     folder = settings.run_folder
     settings = as_in_ppo(folder, settings)

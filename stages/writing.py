@@ -75,6 +75,7 @@ def writing_env(
     from text_env.vocabulary import load_tokenizer
 
     tokenizer = load_tokenizer(lm)
+    user = {} if "turns" in prompts[0] else user_of(settings)  # with turns, the data is the user
     return TextVecEnv(
         num_envs=len(prompts),
         autoreset=False,
@@ -85,7 +86,7 @@ def writing_env(
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens,
         allowed_token_ids=tokens_of(settings.vocabulary, tokenizer),
-        **user_of(settings),
+        **user,
     )
 
 

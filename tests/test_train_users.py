@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,20 @@ def test_a_function_speaks_for_the_user_in_training_and_evaluation(made, run) ->
     assert "KL to the reference" in report and "warm start" not in report
     card = (run / "policy" / "README.md").read_text(encoding="utf-8")
     assert "`users_of_a_test:echo`, 3 answers at most" in card
+
+
+def test_the_policy_is_evaluated_on_conversations_whose_user_is_the_data_too(
+    made, run, tmp_path, capsys
+) -> None:
+    line = f"evaluate --run {tmp_path} --policy {run}/policy --reference {made}/lm --best_of 1"
+    (tmp_path / "stages").mkdir()
+    shutil.copy(run / "stages" / "ppo.json", tmp_path / "stages")
+    assert train.main([*line.split(), "--device", "cpu", "--prompts", f"{made}/chats.jsonl"]) == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    for episode, x in zip(found["episodes"]["policy"], "abcd", strict=True):
+        assert [m["content"] for m in episode["messages"] if m["role"] == "user"] == [x, x]
+    assert train.main(["chat", str(run), "--user_fn", "users_of_a_test:echo"]) == 1
+    assert "you are the user" in capsys.readouterr().err
 
 
 def test_a_training_goes_on_with_the_user_that_it_began_with(made, run, capsys) -> None:

@@ -5,7 +5,8 @@
 First the words, then the topics of the reports (REPORTS) and of the texts that are asked about
 (PASSAGES), then what puts them together. Every name and number is drawn at random, and so is the
 way in which a thing is said. No prompt is in two parts. The warm start is shown the first half of
-each list of words; PPO meets more of them, and the last fifth is in no training at all.
+each list of words; PPO meets more of them, and the last fifth is in no training at all. What the
+warm start is shown is by people of unequal care (CARELESS), as demonstrations are.
 """
 
 import json
@@ -25,13 +26,15 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "warm_start": Part(160, words=0.5),
+    "warm_start": Part(240, words=0.5),
     "train": Part(240),
     "test": Part(80, words=1.0),
     "feedback": Part(240),
     "judge": Part(200, words=1.0),
 }
 """The files of a data set; `feedback` and `judge` are comparisons, on texts of their own."""
+CARELESS = 0.3
+"""Share of the warm start's rows whose completion is true, but not as it should be."""
 
 WORDS = {
     "name": (
@@ -101,6 +104,15 @@ class Report(NamedTuple):
     news: list[str]
     endings: list[tuple[list[str], str]]
     beside: list[str]
+
+
+class Example(NamedTuple):
+    """A prompt and what may be said to it: right, true but not as it should be, or beside it."""
+
+    prompt: str
+    right: list[str]
+    careless: list[str]
+    wrong: list[str]
 
 
 class Passage(NamedTuple):
@@ -869,34 +881,47 @@ def sentence(template: str, words: dict[str, str]) -> str:
     return text[0].upper() + text[1:]
 
 
-def report(r: random.Random, part: Part) -> tuple[str, list[str], list[str]]:
-    """Return a prompt with a report, its summary, and sentences that do not sum it up."""
+def report(r: random.Random, words: dict[str, str]) -> Example:
+    """Return a report, its summary, and sentences that do not sum it up."""
     topic = r.choice(REPORTS)
-    words = draw(r, part.words)
     ending, (_, other) = r.sample(topic.endings, 2)
     news = r.choice(topic.news)
     beside = r.sample(topic.beside, r.randint(1, 2)) + r.sample(BESIDE, r.randint(0, 2))
     rest = [r.choice(ending[0]), *beside]
     r.shuffle(rest)
     text = " ".join(sentence(line, words) for line in [news, *rest])
-    right, copied, aside, untrue = (
+    right, first, aside, untrue = (
         sentence(line, words) for line in (ending[1], news, beside[0], other)
     )
-    return f"{text}\nIn one sentence:\n", [right], [f"{right} {aside}", copied, aside, untrue]
+    return Example(
+        f"{text}\nIn one sentence:\n", [right], [f"{right} {aside}", first], [aside, untrue]
+    )
 
 
-def question(r: random.Random, part: Part) -> tuple[str, list[str], list[str]]:
-    """Return a prompt with a question, right answers, and worse ones."""
+def question(r: random.Random, words: dict[str, str]) -> Example:
+    """Return a text with a question, right answers, and worse ones."""
     topic = r.choice(PASSAGES)
-    words = draw(r, part.words)
     text = " ".join(sentence(r.choice(ways), words) for ways in topic.sentences)
     asked, right, wrong = r.choice(topic.questions)
-    answers, worse = ([answer.format_map(words) for answer in side] for side in (right, wrong))
-    chatty = f"I think that it is {r.choice([answers[0], *worse])}, but I am not sure."
-    return f"{text}\n{sentence(r.choice(asked), words)}\n", answers, [*worse, chatty]
+    answers, others = ([answer.format_map(words) for answer in side] for side in (right, wrong))
+    chatty = [f"That would be {answers[0]}, I think.", f"I believe it is {answers[0]}."]
+    return Example(f"{text}\n{sentence(r.choice(asked), words)}\n", answers, chatty, others)
 
 
-def write(folder: Path, make: Callable[..., tuple[str, list[str], list[str]]], seed: int) -> None:
+def row(r: random.Random, name: str, example: Example) -> dict[str, Any]:
+    """Return a line of the file `name`."""
+    prompt, right, careless, wrong = example
+    if name == "warm_start":
+        shown = r.choice(careless) if r.random() < CARELESS else right[0]
+        return {"prompt": prompt, "completion": shown}
+    if name in ("feedback", "judge"):
+        return {"prompt": prompt, "chosen": right[0], "rejected": r.choice(careless + wrong)}
+    return {"prompt": prompt, "reference": right}
+
+
+def write(
+    folder: Path, make: Callable[[random.Random, dict[str, str]], Example], seed: int
+) -> None:
     """Write a data set's files; no prompt is in two of them, or twice in one."""
     folder.mkdir(exist_ok=True)
     seen = set[str]()
@@ -904,15 +929,11 @@ def write(folder: Path, make: Callable[..., tuple[str, list[str], list[str]]], s
         r = random.Random(f"{seed} {name}")
         rows: list[dict[str, Any]] = []
         while len(rows) < part.size:
-            prompt, right, worse = make(r, part)
-            if prompt in seen:
-                continue
-            seen.add(prompt)
-            if name in ("feedback", "judge"):
-                rows.append({"prompt": prompt, "chosen": right[0], "rejected": r.choice(worse)})
-            else:
-                rows.append({"prompt": prompt, "reference": right})
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            example = make(r, draw(r, part.words))
+            if example.prompt not in seen:
+                seen.add(example.prompt)
+                rows.append(row(r, name, example))
+        lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

@@ -70,3 +70,15 @@ def test_a_copied_sentence_is_not_a_summary() -> None:
             reference=[row["reference"]] * len(texts),
         )
         assert own == 1 and max(copied) < 0.9
+
+
+@pytest.mark.parametrize("task", ["qa", "summaries"])
+def test_some_of_what_the_warm_start_is_shown_is_careless(task) -> None:
+    shown = [row["completion"] for row in rows_of(task, "warm_start")]
+    if task == "qa":
+        careless = [text for text in shown if text.startswith(("That would be", "I believe"))]
+        assert all(len(text.split()) <= 4 for text in shown if text not in careless)
+    else:
+        reports = " ".join(row["prompt"] for row in rows_of(task, "warm_start"))
+        careless = [text for text in shown if re.split(r"(?<=\.) ", text)[-1] in reports]
+    assert 0.2 < len(careless) / len(shown) < 0.4

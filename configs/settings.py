@@ -319,7 +319,7 @@ class Annotate(Writing):
     against: str | None = None
     """A second policy, whose samples are set beside those of the first."""
     prompts: Path | None = None
-    """Prompts of the samples. None: the run's."""
+    """Prompts of the samples. None: those that the policy's run was trained on, else the run's."""
     n_prompts: int = 100
     """How many of them are used."""
     samples: int = 2
@@ -431,7 +431,8 @@ class Compare(Writing):
     second: str
     """Another one."""
     prompts: Path | None = None
-    """Prompts that neither was trained on. None: the run's test prompts."""
+    """Prompts that neither was trained on. None: those that the first one's run was evaluated on,
+    else the run's test prompts."""
     n_prompts: int = 100
     """How many of them are used."""
     ask: bool = False

@@ -36,6 +36,7 @@ def evaluate(common: Common, settings: Evaluate) -> None:
         reference = settings.reference or str(left_by("sft", folder / "sft"))
         policy = settings.policy or str(left_by("ppo", folder / "policy"))
         prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
+        facts["prompts"] = settings.prompts and str(settings.prompts)
         prompts = prompts[: settings.n_prompts]
         models = (settings.reward_model, settings.reference)
         rewarder = reward_function(common, settings.reward, *models)

@@ -12,7 +12,7 @@ from stages.data import data
 from stages.models import named_model
 from stages.process import device_of, progress, say, set_up
 from stages.run_folder import folder_of, left_by, write_text
-from stages.writing import as_in_ppo, samples_of
+from stages.writing import as_in_ppo, prompts_of, samples_of
 
 if TYPE_CHECKING:
     from reward_models.feedback import Task
@@ -95,12 +95,10 @@ def tasks_to_ask(common: Common, settings: Annotate, kind: "Kind") -> "list[Task
         if policy is None:
             trained = folder / "policy"
             policy = str(trained if trained.exists() else left_by("sft", folder / "sft"))
-        settings = as_in_ppo(Path(policy).parent, settings)
-        prompts = some_prompts(
-            load_prompts(settings.prompts or data(common) / "prompts.jsonl"),
-            settings.n_prompts,
-            common.seed,
-        )
+        run = Path(policy).parent
+        settings = as_in_ppo(run, settings)
+        source = settings.prompts or prompts_of(run, "ppo") or data(common) / "prompts.jsonl"
+        prompts = some_prompts(load_prompts(source), settings.n_prompts, common.seed)
         mine = samples_of(common, settings, policy, prompts, settings.samples)
         if settings.against is None:
             tasks = with_chats(tasks_from_completions(mine.texts, kind, policy), mine.chats)
@@ -325,9 +323,10 @@ def compare(common: Common, settings: Compare) -> None:
 
     set_up(common)
     folder, policies = folder_of(common), (settings.first, settings.second)
-    settings = as_in_ppo(Path(settings.first).parent, settings)
-    prompts = load_prompts(settings.prompts or data(common) / "test_prompts.jsonl")
-    prompts = some_prompts(prompts, settings.n_prompts, common.seed)
+    run = Path(settings.first).parent
+    settings = as_in_ppo(run, settings)
+    source = settings.prompts or prompts_of(run, "evaluate") or data(common) / "test_prompts.jsonl"
+    prompts = some_prompts(load_prompts(source), settings.n_prompts, common.seed)
     mine, theirs = (samples_of(common, settings, lm, prompts, 1) for lm in policies)
     chats = theirs.chats | mine.chats
     asked = [as_texts(episode)[0] for episode in mine.episodes]

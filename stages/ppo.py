@@ -78,6 +78,7 @@ def train_policy(common: Common, settings: PPO) -> None:
         policy = settings.policy or str(left_by("sft", folder / "sft"))
         tokenizer = load_tokenizer(policy)
         facts["reward"] = settings.reward
+        facts["prompts"] = settings.prompts and str(settings.prompts)
         vocabulary = settings.vocabulary
         if vocabulary is None and settings.prompts is None:
             vocabulary = data(common) / "language.jsonl"

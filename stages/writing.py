@@ -60,6 +60,13 @@ def written_with(settings: PPO | Writing, vocabulary: Path | None) -> dict[str, 
     return how | {"vocabulary": str(vocabulary) if vocabulary else None}
 
 
+def prompts_of(run: Path, stage_name: str) -> Path | None:
+    """Return the file of prompts that a run's stage was given; None if it was given none."""
+    file = run / "stages" / f"{stage_name}.json"
+    facts = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return None if facts.get("prompts") is None else Path(facts["prompts"])
+
+
 def user_of(settings: PPO | Writing) -> dict[str, Any]:
     """Return what an environment is told of the user who speaks in chats of several turns."""
     if settings.user_fn is not None:

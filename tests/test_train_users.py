@@ -89,6 +89,7 @@ def test_a_function_speaks_for_the_user_in_training_and_evaluation(made, run) ->
         assert len(set(said)) == 1 and 1 <= len(said) <= 3
     assert max(len(e["messages"]) for e in found["episodes"]["policy"]) == 6
     assert "perplexity" not in found["measures"]["policy"]
+    assert found["prompts"] == f"{made}/prompts.jsonl"
     assert set(found["measures"]) == {"reference", "policy", "reference, greedy"}
     report = (run / "report.md").read_text(encoding="utf-8")
     assert "KL to the reference" in report and "warm start" not in report
@@ -166,7 +167,7 @@ def asked_in(store: Path) -> list:
 
 def test_people_are_asked_about_whole_conversations(made, run, monkeypatch, capsys) -> None:
     keys(monkeypatch, "1")
-    line = f"annotate --terminal true --run {run} --prompts {made}/prompts.jsonl --device cpu"
+    line = f"annotate --terminal true --run {run} --device cpu"  # of the prompts of the training
     assert train.main(line.split()) == 0
     screen = capsys.readouterr().out
     assert re.search("│ user: [abcd][ef] ", screen) and "<eos>" not in screen
@@ -187,7 +188,10 @@ def test_people_are_asked_about_whole_conversations(made, run, monkeypatch, caps
 
 def test_policies_are_compared_by_answers_as_messages(made, tmp_path) -> None:
     (tmp_path / "other").symlink_to(made / "lm")
-    line = f"compare {made}/lm {tmp_path}/other --run {tmp_path} --prompts {made}/prompts.jsonl"
+    (tmp_path / "stages").mkdir()
+    evaluated_on = json.dumps({"prompts": f"{made}/prompts.jsonl"})
+    (tmp_path / "stages" / "evaluate.json").write_text(evaluated_on)
+    line = f"compare {tmp_path}/other {made}/lm --run {tmp_path}"
     how = "--ask true --max_new_tokens 4 --device cpu --dtype float32"
     assert train.main([*line.split(), *how.split()]) == 1  # no judge, and nobody has answered yet
     tasks = asked_in(tmp_path / "compare.sqlite")

@@ -59,8 +59,9 @@ def train(folder: Path, total: int, *further: BaseCallback, **settings) -> Token
     model.set_logger(Logger(None, [Appending(logs[0])]))
     saver = CheckpointFolderCallback(folder / "checkpoints", logs=logs, **settings)
     callbacks = [SampleTextCallback(logs[1]), *further, saver]
-    with saver.stops_at_signals():
-        model.learn(total, callback=callbacks, reset_num_timesteps=not begun)
+    if model.num_timesteps < total or model.rollout_under_way:  # not killed between end and exit
+        with saver.stops_at_signals():
+            model.learn(total, callback=callbacks, reset_num_timesteps=not begun)
     model.logger.close()
     return model
 

@@ -531,4 +531,4 @@ def as_markdown(findings: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[st
             f"- **{finding['name']}** ({finding['severity']}), first at {finding['num_timesteps']} "
             f"tokens, in {held} of {len(rows)} rollouts: {finding['said']}. {finding['advice']}"
         )
-    return "\n".join(lines) or f"Nothing, in {len(rows)} rollouts."
+    return "\n".join(lines) or f"Nothing, in {len(rows)} rollout{'s' * (len(rows) != 1)}."

@@ -62,7 +62,8 @@ def as_markdown(study: optuna.Study, objective: Objective, budget: str) -> str:
     weight = importances(study)
     parts = [
         "# Settings that were tried",
-        f"{len(tried)} trials: {budget}. The objective is judge − {objective.kl_weight:g} · "
+        f"{len(tried)} trial{'s' * (len(tried) != 1)}: {budget}. "
+        f"The objective is judge − {objective.kl_weight:g} · "
         f"max(0, KL − {objective.kl_budget:g}), on held-out training prompts, the same for all; "
         "the judge's standard error stands beside it, KL is in nats per completion. A pruned trial "
         "was stopped on the way, and shows what it had then.",

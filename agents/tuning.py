@@ -333,6 +333,8 @@ def _next_trial(
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         try:
             with one_process(_place(folder, trial.number)):
+                if study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+                    continue  # since it was listed: its process ended it, and then let go of it
                 kept = {k: v for k, v in trial.user_attrs.items() if k == AS_THEY_WERE}
                 study.enqueue_trial(trial.params, user_attrs={**kept, AGAIN: trial.number})
                 study.tell(trial.number, state=TrialState.FAIL)

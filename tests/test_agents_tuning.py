@@ -161,6 +161,24 @@ def test_two_processes_share_a_search(tmp_path, space) -> None:
     assert len(workers) == 7 and len(set(workers)) == 2
 
 
+def test_a_trial_that_ends_while_it_is_looked_at_is_not_run_again(
+    tmp_path, space, monkeypatch
+) -> None:
+    study = tuning.open_study(tmp_path, {"a": 1}, {}, 4)
+    other = study.ask(dict(space))
+    let_go, locked = [], tuning.one_process
+
+    def one_process(place):
+        if not let_go:  # of the other process's trial, which has just ended
+            let_go.append(place)
+            study.tell(other, 0.5)
+        return locked(place)
+
+    monkeypatch.setattr(tuning, "one_process", one_process)
+    tuning.search(study, tmp_path, space, pretend, 2, 0, lambda _: None)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+
+
 def test_a_trial_that_fails_counts_and_the_first_is_an_error(tmp_path, space) -> None:
     def fail(trial, place):
         if trial.number in failing:

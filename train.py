@@ -172,7 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if name in MAKES and not resumes:
                 save_config(common, f"config-{name}.yaml", chosen)
     except KeyboardInterrupt:
-        say("train.py: interrupted; what earlier stages left is in place")
+        goes_on = name in ("loop", "tune")
+        left = "the same command goes on" if goes_on else "what earlier stages left is in place"
+        say(f"train.py: interrupted; {left}")
         return 130
     except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         if os.environ.get("RLHF_GYM_DEBUG"):

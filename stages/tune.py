@@ -56,6 +56,7 @@ def tune(common: Common, settings: Tune) -> None:
     study = tuning.open_study(folder, same, first, settings.evaluations)
 
     def run_trial(trial: "Trial", place: Path) -> "TrialCallback":
+        say(f"== trial {trial.number}")
         with_its_values = replace(chosen, **trial.params)
         return train_trial(common, settings, with_its_values, judge, objective, trial, place)
 
@@ -168,7 +169,7 @@ def train_trial(
     total = settings.total_timesteps
     watched = TrialCallback(trial, measure, objective, total, how.evaluations, common.seed)
     doctor = DoctorCallback(place / "doctor.jsonl", settings.stop_on)
-    model.learn(total, callback=[doctor, watched])
+    model.learn(total, callback=[doctor, watched], progress_bar=True)
     model.logger.close()
     return watched
 

@@ -5,7 +5,7 @@
 First the words, then the topics of the reports (REPORTS) and of the texts that are asked about
 (PASSAGES), then what puts them together. Every name and number is drawn at random, and so is the
 way in which a thing is said. No prompt is in two parts. The warm start is shown the first half of
-each list of words; PPO meets more of them, and the last fifth is in no training at all. What the
+each list of words; PPO meets more of them, the last fifth is for test and judge alone. What the
 warm start is shown is by people of unequal care (CARELESS), as demonstrations are.
 """
 

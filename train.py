@@ -44,11 +44,11 @@ from configs.settings import (
 )
 from stages.chat import chat
 from stages.check import check
+from stages.compare import compare
 from stages.evaluate import evaluate
 from stages.loop import as_plain, loop, loop_begun, refuse_other_settings
 from stages.people import (
     annotate,
-    compare,
     export_answers,
     forget,
     import_answers,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from configs.settings import Check, Common
 from stages.models import named_model
-from stages.process import device_of, dtype_of, say, set_up
+from stages.process import say, set_up
 from stages.rewards import reward_function
 from stages.run_folder import folder_of, left_by, write_text
-from stages.writing import Episodes, tokens_of
+from stages.writing import Episodes, policy_in, tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,9 +89,6 @@ def to_be_checked(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> "tuple[TextVecEnv, CausalLMPolicy, list[str]]":
     """Return environment and policy as a run would make them, and the prompts' further columns."""
-    import numpy as np
-
-    from agents import CausalLMPolicy
     from text_env import TextVecEnv
     from text_env.prompts import load_prompts
 
@@ -107,17 +104,14 @@ def to_be_checked(
         min_new_tokens=settings.min_new_tokens,
         allowed_token_ids=tokens_of(settings.vocabulary, tokenizer),
     )
-    policy = CausalLMPolicy(
-        env.observation_space,
-        env.action_space,
-        lambda _: 0.0,
-        lm=lm,
-        temperature=settings.temperature,
+    policy = policy_in(
+        common,
+        env,
+        lm,
+        settings.temperature,
         trainable_layers=settings.trainable_layers,
-        dtype=dtype_of(common),
         gradient_checkpointing=settings.gradient_checkpointing,
-    ).to(device_of(common))
-    policy.allowed_tokens.copy_(policy.allowed_tokens.new_tensor(np.array(env.allowed_tokens)))
+    )
     env.seed(common.seed)
     return env, policy, sorted(set(prompts[0]) - {"prompt"})
 

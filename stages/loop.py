@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from configs.settings import Common, Loop, Simulated, Writing
 from stages.data import data
 from stages.evaluate import evaluate
-from stages.people import some_prompts, with_uncertainty
+from stages.people import with_uncertainty
 from stages.ppo import ppo
 from stages.process import device_of, progress, say, set_up
 from stages.report import POLICY, reference_in
@@ -18,7 +18,7 @@ from stages.resume import as_begun
 from stages.reward import reward
 from stages.run_folder import folder_of, is_done, read_lines, write_text
 from stages.sft import sft
-from stages.writing import samples_of
+from stages.writing import samples_of, some_prompts
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace

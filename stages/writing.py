@@ -1,6 +1,7 @@
 """Completions of a policy as it was trained to write, for evaluation and for people."""
 
 import json
+import random
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -54,6 +55,11 @@ def as_in_ppo(folder: Path, settings: WritingT) -> WritingT:
     return replace(settings, **filled)
 
 
+def some_prompts(prompts: list[dict[str, Any]], n: int, seed: int) -> list[dict[str, Any]]:
+    """Draw n of the prompts, all of them if there are fewer."""
+    return random.Random(seed).sample(prompts, min(n, len(prompts)))
+
+
 def written_with(settings: PPO | Writing, vocabulary: Path | None) -> dict[str, Any]:
     """Return how a policy writes as the run's facts keep it, for `as_in_ppo`."""
     how = {part.name: getattr(settings, part.name) for part in fields(Writing)}
@@ -101,19 +107,30 @@ def writer(
     common: Common, settings: Writing, env: "TextVecEnv", lm: "str | PreTrainedModel"
 ) -> "CausalLMPolicy":
     """Return a language model that writes in such an environment and learns nothing."""
+    assert settings.temperature is not None
+    return policy_in(common, env, lm, settings.temperature, trainable_layers=0)
+
+
+def policy_in(
+    common: Common,
+    env: "TextVecEnv",
+    lm: "str | PreTrainedModel",
+    temperature: float,
+    **settings: Any,
+) -> "CausalLMPolicy":
+    """Return a policy of an environment's tokens, the allowed ones, that no algorithm trains."""
     import numpy as np
 
     from agents import CausalLMPolicy
 
-    assert settings.temperature is not None
     policy = CausalLMPolicy(
         env.observation_space,
         env.action_space,
         lambda _: 0.0,
         lm=lm,
-        temperature=settings.temperature,
-        trainable_layers=0,
+        temperature=temperature,
         dtype=dtype_of(common),
+        **settings,
     ).to(device_of(common))
     policy.allowed_tokens.copy_(policy.allowed_tokens.new_tensor(np.array(env.allowed_tokens)))
     return policy

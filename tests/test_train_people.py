@@ -20,7 +20,7 @@ import reward_models
 import train
 from reward_models import read_feedback
 from reward_models.feedback import Accounts, FeedbackStore, Task
-from stages import people
+from stages import compare, people
 from stages.report import people_section
 from stages.writing import Samples
 
@@ -239,7 +239,7 @@ def test_equal_completions_are_half_a_win_for_each(run, monkeypatch, capsys) -> 
             self.calls = getattr(self, "calls", 0) + 1
             return np.array([len(text) for text in completions]) - 1e-6 * self.calls
 
-    monkeypatch.setattr(people, "samples_of", samples)
+    monkeypatch.setattr(compare, "samples_of", samples)
     monkeypatch.setattr(reward_models, "load_reward_model", lambda *_: Uneven())
     (run / "prompts.txt").write_text("".join(f"Film {i}\n" for i in range(8)))
     line = f"compare {run}/policy {run}/sft --prompts {run}/prompts.txt --ask true"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import reward_models
 import train
 from reward_models.feedback import FeedbackStore, Message, read_feedback
-from stages import people
+from stages import compare
 from stages.writing import Samples
 
 USERS = """
@@ -230,7 +230,7 @@ def test_compare_scores_each_answer_of_a_conversation(made, tmp_path, monkeypatc
         def score(self, prompts, completions) -> np.ndarray:
             return np.array([float(len(text)) for text in completions])
 
-    monkeypatch.setattr(people, "samples_of", samples)
+    monkeypatch.setattr(compare, "samples_of", samples)
     monkeypatch.setattr(reward_models, "load_reward_model", lambda *_: Length())
     (tmp_path / "judge").mkdir()
     line = f"compare first second --run {tmp_path} --prompts {made}/prompts.jsonl --device cpu"
